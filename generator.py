@@ -1,0 +1,377 @@
+"""The image policy: any stock diffusers flow-matching pipeline, made trainable by its scheduler alone.
+
+    python -c "import generator; help(generator)"
+
+A flow pipeline ends its loop with `latents = scheduler.step(noise_pred, t, latents)`. So `PolicyScheduler`, a subclass of the
+pipeline's own scheduler, is the whole adapter: it *records* the stochastic steps of a rollout, and it *replays* one of them, with
+gradients, through the pipeline's own call, which keeps guidance, packing, masks and embeddings the same in both.
+
+Symbols. t in [0,1] is time: 1 is noise, 0 the picture; a step goes from t to s < t, h = t - s. x (B,...) latents, v = noise - data
+the predicted velocity, so that x0 = x - t v and eps = x + (1-t) v. Every step is linear in x and v:
+
+    x_next = mean + std * noise,  mean = c_x x + c_v v
+    ode    std = 0                              mean = x - h v
+    flow   std = a sqrt(t/(1-t)) sqrt(h)        mean = x (1 - g h/2t) - v (1 + g (1-t)/2t) h,  g = a^2 t/(1-t)  Flow-GRPO, arXiv 2505.05470
+    cps    std = s sin(a pi/2)                  mean = (1-s) x0 + sqrt(s^2 - std^2) eps      coefficients preserved, arXiv 2509.05952
+
+a is `noise_level`. Log-probs are *means* over latent dimensions (nats per dimension), never sums.
+"""
+import hashlib
+import inspect
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+
+@dataclass
+class GeneratorConfig:
+    """See config.yaml for units and reasons."""
+    model: str = "nano/flux"
+    height: int = 64
+    width: int = 64
+    num_steps: int = 10
+    call: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 3.5, "max_sequence_length": 40})
+    sde: Literal["cps", "flow", "ode"] = "cps"
+    noise_level: float = 0.8
+    window: int = 2
+    share_noise: bool = False
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    lora_targets: list[str] = field(default_factory=lambda: [
+        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+        "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"])
+    lr: float = 1e-3
+    ratio: Literal["guard", "ppo"] = "guard"
+    clip_range: float = 2e-3
+    beta: float = 0.01
+    ema: float = 0.8
+
+    def __post_init__(self):
+        if self.sde != "ode" and not 0 < self.window < self.num_steps:
+            raise ValueError(f"generator.window: {self.window} stochastic steps of {self.num_steps}; "
+                             "expected 1 or more, and fewer than num_steps, because the last step is never stochastic")
+        if self.sde == "cps" and not 0 < self.noise_level <= 1:
+            raise ValueError(f"generator.noise_level: {self.noise_level}; cps takes a number in (0, 1]")
+
+
+@dataclass
+class Trajectory:
+    """The stochastic steps of one rollout; each list has one entry per step of the window, each tensor B rows."""
+    embeds: dict          # what the pipeline's call takes instead of prompts, a row per *distinct* prompt
+    embed_rows: list      # (B,) row of `embeds` of each sample
+    index: list = field(default_factory=list)      # place in the full time grid
+    x: list = field(default_factory=list)          # (B, ...) latents before the step, as the pipeline keeps them
+    x_next: list = field(default_factory=list)     # (B, ...) latents after it
+    mean: list = field(default_factory=list)       # (B, ...) f32
+    log_prob: list = field(default_factory=list)   # (B,) f32
+
+
+# ---------------------------------------------------------------- pure maths
+
+def sde_coefficients(sde, t, s, noise_level, t_1):
+    """(c_x, c_v, std) of the step from t to s, floats. t_1, the second time of the grid, keeps `flow` finite at t = 1."""
+    h = t - s
+    if sde == "ode":
+        return 1.0, -h, 0.0
+    if sde == "flow":
+        g = noise_level ** 2 * t / (1 - (t_1 if t == 1 else t))
+        return 1 - g * h / (2 * t), -(1 + g * (1 - t) / (2 * t)) * h, math.sqrt(g * h)
+    std = s * math.sin(noise_level * math.pi / 2)
+    k = math.sqrt(max(s * s - std * std, 0.0))
+    return (1 - s) + k, -(1 - s) * t + k * (1 - t), std
+
+
+def per_sample_mean(x):
+    return x.flatten(1).mean(1)  # (B, ...) -> (B,)
+
+
+def gaussian_log_prob(x_next, mean, std):
+    """log N(x_next; mean, std^2), mean over latent dimensions: (B, ...) -> (B,)"""
+    return per_sample_mean(-(x_next - mean) ** 2 / (2 * std ** 2)) - math.log(std) - 0.5 * math.log(2 * math.pi)
+
+
+def guard_log_ratio(x_next, mean, old_mean, std, c_v):
+    """GRPO-Guard, arXiv 2510.22319, in velocity units: mean(eps_old * (mean - old_mean)) / |c_v| -> (B,)
+
+    eps_old = (x_next - old_mean) / std. The plain log-ratio has the bias -mean((mean - old_mean)^2) / 2 std^2 and a scale 1/std that
+    differs from step to step; this one has neither, so one clip range fits every step.
+    """
+    return per_sample_mean((x_next - old_mean) / std * (mean - old_mean)) / abs(c_v)
+
+
+def gaussian_kl(mean, ref_mean, std):
+    """Exact KL(N(mean, std^2) || N(ref_mean, std^2)), mean over latent dimensions: (B, ...) -> (B,). std includes sqrt(h)."""
+    return per_sample_mean((mean - ref_mean) ** 2) / (2 * std ** 2)
+
+
+def draw_window(num_steps, window, rng):
+    """The stochastic steps [l, l+w): drawn once per iteration, in the first half of the grid, never the last step."""
+    last_start = max(min(num_steps // 2, num_steps - 1) - window, 0)
+    start = int(rng.integers(0, last_start + 1))
+    return range(start, start + window)
+
+
+# ---------------------------------------------------------------- the scheduler is the adapter
+
+class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
+    """Records the stochastic steps of a rollout, or replays one of them. Outside both it is the Euler ODE."""
+    sde, noise_level = "cps", 0.8
+    window = ()         # record: indices that are stochastic
+    noise = None        # record: shape -> standard normal, per-sample seeds
+    trajectory = None   # record: where the steps go
+    only = None         # replay: (index, x_next)
+    result = None       # replay: (log_prob, mean, std, c_v)
+
+    # the names of the parameters matter: diffusers reads this signature to see whether sigmas and mu are allowed
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+        self.grid = self.sigmas.tolist()
+        if self.only is not None:
+            i = self.only[0]
+            self.timesteps, self.sigmas = self.timesteps[i:i + 1], self.sigmas[i:i + 2]
+
+    def step(self, model_output, timestep, sample, return_dict=True, **_):
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        i = self.step_index + (self.only[0] if self.only is not None else 0)
+        self._step_index += 1
+        stochastic = self.only is not None or i in self.window
+        c_x, c_v, std = sde_coefficients(self.sde if stochastic else "ode", self.grid[i], self.grid[i + 1], self.noise_level, self.grid[1])
+        mean = c_x * sample.float() + c_v * model_output.float()  # (B, ...)
+        if self.only is not None:
+            x_next = self.only[1]
+            self.result = gaussian_log_prob(x_next.float(), mean, std), mean, std, c_v
+        elif stochastic:
+            # stored as the pipeline keeps it: a cast after the log-prob moves the ratio further than the clip range
+            x_next = (mean + std * self.noise(mean.shape).to(mean.device)).to(sample.dtype)
+            log_prob = gaussian_log_prob(x_next.float(), mean, std)
+            self.trajectory.append((i, sample, x_next, mean, log_prob))
+        else:
+            x_next = mean.to(sample.dtype)
+        return (x_next,) if not return_dict else {"prev_sample": x_next}
+
+
+# ---------------------------------------------------------------- the pipeline is the policy
+
+# what each pipeline's encode_prompt returns, by the names its call takes; None: the call makes it again
+EMBEDS = {
+    "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds", None),
+    "StableDiffusion3Pipeline": ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
+    "ZImagePipeline": ("prompt_embeds", "negative_prompt_embeds"),
+    "QwenImagePipeline": ("prompt_embeds", "prompt_embeds_mask"),
+}
+
+
+class Generator:
+    """A diffusers pipeline with a LoRA. `rollout` draws and records, `replay` gives a recorded step's log-prob with grad, `sample` draws."""
+
+    def __init__(self, cfg, device="cpu", dtype=torch.float32, micro_batch=32):
+        """Raises ValueError, in one line, for a folder that is no pipeline and for a pipeline that cannot be trained."""
+        self.cfg, self.device, self.micro_batch = cfg, torch.device(device), micro_batch
+        self.pipe = load_pipeline(cfg, dtype).to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.scheduler = PolicyScheduler.from_config(self.pipe.scheduler.config)
+        self.scheduler.sde, self.scheduler.noise_level = cfg.sde, cfg.noise_level
+        self.pipe.scheduler = self.scheduler
+        for part in self.pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.requires_grad_(False).eval()
+        self.transformer = self.pipe.transformer
+        self.lora = None
+        self.latent_shape = self._probe()  # one sample's, as the pipeline packs it
+
+    def add_lora(self, seed=0):
+        """A new LoRA (down gaussian, up zero, so that nothing changes yet), trainable, f32, with an EMA copy."""
+        cfg = self.cfg
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.transformer.add_adapter(LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, init_lora_weights="gaussian",
+                                                    target_modules=cfg.lora_targets))
+        self._adopt_lora()
+
+    def load_lora(self, folder):
+        """The LoRA that `save_lora` wrote, to draw with or to train further."""
+        self.pipe.load_lora_weights(str(folder), adapter_name="default")
+        self._adopt_lora()
+
+    def _adopt_lora(self):
+        self.lora = {n: p for n, p in self.transformer.named_parameters() if "lora_" in n}
+        for p in self.lora.values():
+            p.data = p.data.float()
+            p.requires_grad_(True)
+        self.ema = {n: p.detach().clone() for n, p in self.lora.items()}
+
+    def save_lora(self, folder):
+        """The EMA weights, as `pipe.load_lora_weights(folder)` reads them."""
+        config = self.transformer.peft_config["default"].to_dict()
+        with self.ema_weights():
+            self.pipe.save_lora_weights(str(folder), transformer_lora_layers=get_peft_model_state_dict(self.transformer),
+                                        transformer_lora_adapter_metadata=config)
+
+    def parameters(self):
+        return list(self.lora.values())
+
+    @torch.no_grad()
+    def update_ema(self):
+        for n, p in self.lora.items():
+            self.ema[n].lerp_(p, 1 - self.cfg.ema)
+
+    @contextmanager
+    def ema_weights(self):
+        """Inside, the pipeline draws with the EMA of the LoRA. Contents are exchanged, never aliased."""
+        if self.lora is None:
+            yield
+            return
+        live = {n: p.detach().clone() for n, p in self.lora.items()}
+        try:
+            for n, p in self.lora.items():
+                p.data.copy_(self.ema[n])
+            yield
+        finally:
+            for n, p in self.lora.items():
+                p.data.copy_(live[n])
+
+    @contextmanager
+    def reference(self):
+        """Inside, the LoRA is off: the reference policy, with no second copy of the weights."""
+        if self.lora is None:
+            yield
+            return
+        self.transformer.disable_adapters()
+        try:
+            yield
+        finally:
+            self.transformer.enable_adapters()
+
+    # ------------------------------------------------ drawing
+
+    def rollout(self, prompts, keys, window=()):
+        """Draw one picture per prompt; steps in `window` are stochastic and recorded.
+
+        prompts: B texts. keys: B tuples of integers (seed, iteration, prompt, sample); noise depends on nothing else, so a batch may be split
+        in any way. Returns images (B,3,H,W) f32 in [0,1] and a Trajectory.
+        """
+        distinct = list(dict.fromkeys(prompts))
+        where = {p: i for i, p in enumerate(distinct)}
+        trajectory = Trajectory(self.encode(distinct), [where[p] for p in prompts])
+        images, steps = [], []
+        for rows in self.chunks(len(prompts)):
+            rngs = [np.random.default_rng(keys[r]) for r in rows]
+            first = [np.random.default_rng(keys[r][:3]) for r in rows] if self.cfg.share_noise else rngs
+            self.scheduler.window, self.scheduler.trajectory = window, []
+            self.scheduler.noise = lambda shape: normal(rngs, shape[1:])
+            with torch.no_grad():
+                image = self._call(trajectory, rows, normal(first, self.latent_shape), output_type="pt")
+            images.append(image.float().clamp(0, 1))  # (b, 3, H, W)
+            steps.append(self.scheduler.trajectory)
+        self.scheduler.window, self.scheduler.trajectory = (), None
+        for step in zip(*steps):  # the same step of every chunk
+            index, x, x_next, mean, log_prob = zip(*step)
+            trajectory.index.append(index[0])
+            for store, parts in zip((trajectory.x, trajectory.x_next, trajectory.mean, trajectory.log_prob), (x, x_next, mean, log_prob)):
+                store.append(torch.cat(parts))
+        return torch.cat(images), trajectory
+
+    def sample(self, prompts, keys):
+        """ODE sampling with no stochastic step: images (B,3,H,W) f32 in [0,1]"""
+        return self.rollout(prompts, keys)[0]
+
+    def replay(self, trajectory, k, rows):
+        """Step k of the window for some rows, with grad -> log_prob (b,), mean (b, ...), std, c_v."""
+        self.scheduler.only = trajectory.index[k], trajectory.x_next[k][rows]
+        try:
+            self._call(trajectory, rows, trajectory.x[k][rows], output_type="latent")
+            return self.scheduler.result
+        finally:
+            self.scheduler.only = self.scheduler.result = None
+
+    def chunks(self, n):
+        """Rows 0..n-1 in micro-batches; rollout and replay share them, so that their matrix products have the same shapes."""
+        return [list(range(i, min(i + self.micro_batch, n))) for i in range(0, n, self.micro_batch)]
+
+    @torch.no_grad()
+    def encode(self, prompts):
+        """Prompt embeddings, once per distinct prompt -> {argument of the call: tensor (n, ...) or list of n}"""
+        self.pipe._guidance_scale = self.cfg.call.get("guidance_scale", 1.0)
+        accepted = inspect.signature(self.pipe.encode_prompt).parameters
+
+        def call(texts):
+            args = dict(prompt=list(texts), device=self.device, max_sequence_length=self.cfg.call.get("max_sequence_length"),
+                        do_classifier_free_guidance=getattr(self.pipe, "do_classifier_free_guidance", False))
+            args |= {n: None for n in ("prompt_2", "prompt_3") if n in accepted}
+            values = self.pipe.encode_prompt(**{n: v for n, v in args.items() if n in accepted and (v is not None or n.startswith("prompt_"))})
+            return {n: v for n, v in zip(EMBEDS[type(self.pipe).__name__], values) if n and v is not None and len(v)}
+
+        embeds = call(prompts)
+        if self.cfg.call.get("true_cfg_scale", 1.0) > 1:  # FLUX and Qwen-Image ask for the negative prompt apart
+            negative = call([self.cfg.call.get("negative_prompt", " ")] * len(prompts))
+            embeds |= {"negative_" + n: v for n, v in negative.items()}
+        return embeds
+
+    def _call(self, trajectory, rows, latents, output_type):
+        """The pipeline's own call, without its no_grad decorator."""
+        pick = [trajectory.embed_rows[r] for r in rows]
+        embeds = {n: v[pick] if torch.is_tensor(v) else [v[i] for i in pick] for n, v in trajectory.embeds.items()}
+        extra = {n: v for n, v in self.cfg.call.items() if n != "negative_prompt"}
+        call = inspect.unwrap(type(self.pipe).__call__)
+        return call(self.pipe, latents=latents.to(self.device), height=self.cfg.height, width=self.cfg.width,
+                    num_inference_steps=self.cfg.num_steps, output_type=output_type, return_dict=False, **embeds, **extra)[0]
+
+    @torch.no_grad()
+    def _probe(self):
+        """One step of one sample tells the shape in which this pipeline keeps latents, and that the whole call works."""
+        embeds = self.encode(["a photo"])
+        seen = []
+        self.scheduler.only = (0, torch.zeros(()))
+        self.scheduler.step, step = (lambda v, t, x, **_: seen.append(x.shape) or (x,)), self.scheduler.step
+        try:
+            extra = {n: v for n, v in self.cfg.call.items() if n != "negative_prompt"}
+            self.pipe(height=self.cfg.height, width=self.cfg.width, num_inference_steps=self.cfg.num_steps, output_type="latent", **embeds, **extra)
+        finally:
+            del self.scheduler.step
+            self.scheduler.only = None
+        return tuple(seen[0][1:])
+
+    @torch.no_grad()
+    def reconstruct(self, images):
+        """Pictures through the pipeline's autoencoder, as its own pictures come: (B,3,H,W) in [0,1] -> same"""
+        out = []
+        for x in images.split(self.micro_batch):
+            x = (x * 2 - 1).to(self.device, self.pipe.vae.dtype)
+            x = self.pipe.vae.decode(self.pipe.vae.encode(x).latent_dist.mode()).sample
+            out.append((x.float() / 2 + 0.5).clamp(0, 1))
+        return torch.cat(out)
+
+
+def normal(rngs, shape):
+    """One standard normal sample of `shape` from each random generator: (B, *shape) f32"""
+    return torch.from_numpy(np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs]))
+
+
+def load_pipeline(cfg, dtype):
+    """A stock pipeline, checked: flow-matching Euler scheduler, a transformer, prompts given as embeddings."""
+    folder = Path(cfg.model)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise ValueError(f"generator.model: {cfg.model} has no model_index.json; expected a diffusers pipeline saved with save_pretrained")
+    try:
+        pipe = DiffusionPipeline.from_pretrained(cfg.model, torch_dtype=dtype)
+    except OSError as error:
+        raise ValueError(f"generator.model: {cfg.model} cannot be loaded ({str(error).splitlines()[0]}); give a folder or a repository of the Hub") from error
+    name = type(pipe).__name__
+    if type(pipe.scheduler) is not FlowMatchEulerDiscreteScheduler:
+        raise ValueError(f"generator.model: {cfg.model} samples with {type(pipe.scheduler).__name__}; only FlowMatchEulerDiscreteScheduler can be trained")
+    if name not in EMBEDS:
+        raise ValueError(f"generator.model: {cfg.model} is a {name}; known are {', '.join(EMBEDS)}; add its encode_prompt to generator.EMBEDS")
+    takes = inspect.signature(pipe.__call__).parameters
+    for key in cfg.call:
+        if key not in takes:
+            raise ValueError(f"generator.call.{key}: {name} takes no such argument; it takes {', '.join(takes)}")
+    return pipe

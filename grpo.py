@@ -1,0 +1,560 @@
+"""GRPO for an image generator and the LLM that refines its prompts, with AI-image detectors as the reward (RealGen, arXiv 2512.00473).
+
+    python grpo.py config.yaml                          train, by default on a CPU in minutes
+    python grpo.py config.yaml seed=1 out=out/seed1     any key of config.yaml, dotted
+    python grpo.py config.yaml profile=quick            a named set of keys from `profiles`
+
+One step is a walk. P prompts, N rewrites of each, M images of each rewrite; batches are prompt-major, (P, N, M):
+
+    prompts (P)
+      -> refiner.rollout      texts (P*N), token ids, mask, old log-probs
+      -> generator.rollout    images (P*N*M, 3, H, W), trajectory of the stochastic steps
+      -> reward.score         {name: (P*N*M,)}
+      -> advantages           A = clip(sum_r weight_r (r - mean_group r) / (std_group r + 1e-4), -5, 5)
+      -> update_*             loss = -min(ratio A, clip(ratio) A) + beta KL, backward one micro-batch at a time
+
+A stage trains `refiner` (generator frozen), `generator` (refiner frozen) or `joint` (one set of pictures trains both).
+Read in this order: Config, advantages, Run.step, Run.update_generator, Run.update_refiner, Run.evaluate, main.
+"""
+import difflib
+import json
+import os
+import platform
+import resource
+import sys
+import time
+import types
+from contextlib import contextmanager, nullcontext
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from tqdm import tqdm
+
+import generator as G
+import refiner as L
+import reward as R
+
+EVALUATION = 10 ** 9  # the "iteration" of evaluation noise, so that no training step shares it
+
+
+# ---------------------------------------------------------------- config
+
+@dataclass
+class StageConfig:
+    train: Literal["refiner", "generator", "joint"] = "generator"
+    steps: int = 20
+    prompts: int = 9            # P
+    rewrites: int = 1           # N, the user's own words included where keep_original
+    images: int = 12            # M
+    keep_original: bool = True
+
+    def __post_init__(self):
+        group = self.rewrites - self.keep_original if self.train == "refiner" else self.rewrites * self.images
+        if group < 2 or self.train == "joint" and self.rewrites - self.keep_original < 2:
+            raise ValueError(f"stages: a {self.train} stage with {self.rewrites} rewrites (keep_original {str(self.keep_original).lower()}) and {self.images} images "
+                             "has groups of one, whose advantage is always 0; expected 2 or more of what it trains")
+
+
+@dataclass
+class BenchConfig:
+    images: int = 8             # pictures per test prompt and contestant
+    resamples: int = 1000       # bootstrap
+
+
+@dataclass
+class Config:
+    """The whole of config.yaml, which says each key's unit and reason."""
+    out: str = "out"
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    prompts: str = "nano/prompts.txt"
+    validation_prompts: str = "nano/validation_prompts.txt"
+    test_prompts: str = "nano/test_prompts.txt"
+    validation_photos: str = "nano/photos/validation.jsonl"
+    test_photos: str = "nano/photos/test.jsonl"
+    autoencode_photos: bool = True
+    stages: list[StageConfig] = field(default_factory=lambda: [StageConfig()])
+    micro_batch: int = 36
+    updates: int = 1
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    eval_every: int = 4
+    eval_images: int = 4
+    generator: G.GeneratorConfig = field(default_factory=G.GeneratorConfig)
+    refiner: L.RefinerConfig | None = field(default_factory=L.RefinerConfig)
+    rewards: R.RewardsConfig = field(default_factory=R.RewardsConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
+
+    def __post_init__(self):
+        if not self.rewards.train:
+            raise ValueError("rewards.train: empty; expected at least one reward to optimise")
+        if not self.stages:
+            raise ValueError("stages: empty; expected at least one stage")
+        if self.refiner is None and any(s.train != "generator" or s.rewrites > s.keep_original for s in self.stages):
+            raise ValueError("refiner: null, but a stage needs rewrites; expected train: generator, rewrites: 1, keep_original: true")
+
+
+def build(kind, value, where):
+    """YAML value -> typed value, strictly: unknown keys, wrong types and values outside a Literal raise ValueError with the key's path."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):  # X | None
+        return None if value is None else build(args[0], value, where)
+    if is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where or 'the file'}: {value!r}; expected a mapping of {', '.join(f.name for f in fields(kind))}")
+        hints = get_type_hints(kind)
+        for key in value:
+            if key not in hints:
+                path = f"{where}.{key}" if where else str(key)
+                close = difflib.get_close_matches(str(key), hints, 1)
+                hint = f"; did you mean {f'{where}.' if where else ''}{close[0]}?" if close else f"; known are {', '.join(hints)}"
+                raise ValueError(f"{path} is not a key{hint}")
+        return kind(**{k: build(hints[k], v, f"{where}.{k}" if where else k) for k, v in value.items()})
+    if origin is list and isinstance(value, list):
+        return [build(args[0], v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {str(k): build(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if kind is Any:
+        return value
+    if origin is Literal:
+        if value in args:
+            return value
+        raise ValueError(f"{where}: {value!r}; expected one of {', '.join(map(str, args))}")
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # 1 is a float here, and 1e-5 is a string in YAML 1.1
+        except ValueError:
+            pass
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    raise ValueError(f"{where}: {value!r} is {type(value).__name__}; expected {getattr(kind, '__name__', kind)}")
+
+
+def merge(base, over):
+    """Nested mappings; lists and scalars of `over` replace. A reward set to null is removed."""
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            merge(base[key], value)
+        else:
+            base[key] = value
+    return base
+
+
+def load_config(argv):
+    """[config.yaml, key=value ...] -> Config. Later words win; profile=NAME merges profiles.NAME of the file first."""
+    if not argv:
+        raise ValueError("expected a config file: python grpo.py config.yaml [key=value ...]")
+    path, words = argv[0], argv[1:]
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not a file; expected a config such as config.yaml")
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+        pairs = [(w.partition("=")[0], yaml.safe_load(w.partition("=")[2])) for w in words]
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
+    for word in words:
+        if "=" not in word:
+            raise ValueError(f"{word!r}: expected key=value, such as generator.num_steps=4")
+    profiles = values.pop("profiles", None) or {}
+    for key, value in pairs:
+        if key == "profile":
+            if value not in profiles:
+                raise ValueError(f"profile={value}: {path} has no such profile; it has {', '.join(profiles) or 'none'}")
+            merge(values, profiles[value])
+    for key, value in pairs:
+        if key != "profile":
+            for part in reversed(key.split(".")):
+                value = {part: value}
+            merge(values, value)
+    for kind in ("train", "validation", "heldout"):  # a profile or an override drops a reward by setting it to null
+        group = (values.get("rewards") or {}).get(kind)
+        if isinstance(group, dict):
+            values["rewards"][kind] = {n: r for n, r in group.items() if r is not None}
+    try:
+        return build(Config, values, "")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_prompts(path):
+    """One prompt a line -> list of texts; empty lines are skipped, an empty list is an error"""
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not a file; expected one prompt a line")
+    prompts = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path} has no prompt with text in it; expected one prompt a line")
+    return prompts
+
+
+# ---------------------------------------------------------------- advantages
+
+def advantages(scores, weights, groups):
+    """{name: (B,)} -> (B,): each reward standardised in its own prompt group, summed by weight, clipped to +-5. B = groups * G, prompt-major."""
+    total = sum(weights[n] * R.standardise(r.view(groups, -1)) for n, r in scores.items())  # (P, G)
+    return total.clamp(-5, 5).flatten()
+
+
+def zero_std(scores, groups):
+    """(P,) bool: groups in which every reward is the same for all, so that nothing can be learnt from them"""
+    return torch.stack([r.view(groups, -1).std(1, correction=0) < 1e-6 for r in scores.values()]).all(0)
+
+
+def clipped_loss(log_ratio, advantage, clip_range):
+    """(b,), (b,) -> per-sample loss (b,), clipped (b,) bool"""
+    ratio = log_ratio.exp()
+    loss, bound = -ratio * advantage, -ratio.clamp(1 - clip_range, 1 + clip_range) * advantage
+    return torch.maximum(loss, bound), bound > loss
+
+
+# ---------------------------------------------------------------- the run
+
+class Run:
+    """Both policies, the rewards and the optimizers; `step` is the walk."""
+
+    def __init__(self, cfg, train=True):
+        self.cfg = cfg
+        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+        dtype = getattr(torch, cfg.dtype)
+        self.prompts, self.validation_prompts = read_prompts(cfg.prompts), read_prompts(cfg.validation_prompts)
+        photos, _ = R.read_photos(cfg.validation_photos, (cfg.generator.height, cfg.generator.width))
+        self.generator = G.Generator(cfg.generator, self.device, dtype, cfg.micro_batch)
+        self.refiner = L.Refiner(cfg.refiner, self.device, dtype, cfg.micro_batch) if cfg.refiner else None
+        self.rewards = R.load_rewards(cfg.rewards.train, self.device)
+        self.validation = R.load_rewards(cfg.rewards.validation, self.device)
+        self.weights = {n: r.weight for n, r in cfg.rewards.train.items()}
+        self.kid_model = R.ClipReward(R.RewardConfig(model=cfg.rewards.kid), self.device)
+        self.photo_features = self.features(self.real(photos))  # (n, D)
+        self.seconds = {}
+        if train:
+            self.generator.add_lora(cfg.seed)
+            self.optimizers = {"generator": self.adamw(self.generator.parameters(), cfg.generator.lr)}
+            if self.refiner:
+                self.refiner.add_lora(cfg.seed)
+                self.optimizers["refiner"] = self.adamw(self.refiner.parameters(), cfg.refiner.lr)
+
+    def adamw(self, parameters, lr):
+        return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), weight_decay=self.cfg.weight_decay)
+
+    def real(self, photos):
+        """Photographs as the generator's pictures come: through the autoencoder, whose own blur would give the pictures away."""
+        return self.generator.reconstruct(photos) if self.cfg.autoencode_photos else photos
+
+    @torch.no_grad()
+    def features(self, images):
+        return torch.cat([self.kid_model.features(x.to(self.device)) for x in images.split(self.cfg.micro_batch)]).cpu()  # (n, D)
+
+    @contextmanager
+    def phase(self, name):
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    # ------------------------------------------------ the walk
+
+    def step(self, stage, iteration):
+        """One training step: rollout, score, advantages, update -> a row of metrics."""
+        cfg, P, N, M = self.cfg, stage.prompts, stage.rewrites, stage.images
+        self.seconds = {}
+        order = [np.random.default_rng([cfg.seed, epoch]).permutation(len(self.prompts))  # every prompt once an epoch
+                 for epoch in range(iteration * P // len(self.prompts), (iteration * P + P - 1) // len(self.prompts) + 1)]
+        start = iteration * P % len(self.prompts)
+        prompts = [self.prompts[i] for i in np.concatenate(order)[start:start + P]]
+        with self.phase("rewrite"):
+            texts, rewrites = self.rewrite(prompts, stage, seed=int(np.random.SeedSequence([cfg.seed, iteration]).generate_state(1)[0]))  # (P*N)
+        train_images = stage.train != "refiner"
+        rng = np.random.default_rng([cfg.seed, iteration])
+        window = G.draw_window(cfg.generator.num_steps, cfg.generator.window, rng) if train_images and cfg.generator.sde != "ode" else ()
+        keys = [(cfg.seed, iteration, p, n * M + m) for p in range(P) for n in range(N) for m in range(M)]
+        with self.phase("draw"):
+            images, trajectory = self.generator.rollout([t for t in texts for _ in range(M)], keys, window)  # (P*N*M, 3, H, W)
+        with self.phase("reward"):  # against what the user typed: a rewrite that drifts loses
+            scores = R.score(self.rewards, images, [p for p in prompts for _ in range(N * M)], cfg.micro_batch)
+        row = {"reward": sum(self.weights[n] * r.mean().item() for n, r in scores.items()) / sum(self.weights.values()),
+               "reward_std": sum(self.weights[n] * r.view(P, -1).std(1).mean().item() for n, r in scores.items()) / sum(self.weights.values()),
+               "zero_std": zero_std(scores, P).float().mean().item(), "rewards": {n: r.mean().item() for n, r in scores.items()}}
+        if train_images:
+            with self.phase("update generator"):
+                row["generator"] = self.update_generator(trajectory, advantages(scores, self.weights, P).to(self.device), P)
+            row["generator"]["window"] = window[0]
+        if stage.train != "generator":
+            with self.phase("update refiner"):
+                row["refiner"] = self.update_refiner(rewrites, scores, stage)
+            row["refiner"] |= {"cue_share": L.cue_share(texts if not stage.keep_original else [t for i, t in enumerate(texts) if i % N], cfg.refiner.cues),
+                               "bad_format": rewrites.bad_format.mean().item()}
+        return row | {"seconds": {n: round(s, 3) for n, s in self.seconds.items()}}
+
+    def rewrite(self, prompts, stage, seed):
+        """P prompts -> P*N texts, prompt-major, the user's own words first where keep_original, and the sampled Rewrites (None if there are none)"""
+        sampled = stage.rewrites - stage.keep_original
+        if sampled == 0:
+            return list(prompts), None
+        rewrites = self.refiner.rollout(prompts, sampled, seed)
+        texts = []
+        for p, prompt in enumerate(prompts):
+            texts += [prompt] * stage.keep_original + rewrites.texts[p * sampled:(p + 1) * sampled]
+        return texts, rewrites
+
+    def update_generator(self, trajectory, advantage, groups):
+        """Replay the window with grad; `updates` optimizer steps, each on an equal share of the prompt groups. advantage (B,)"""
+        cfg, gen, window = self.cfg.generator, self.generator, len(trajectory.index)
+        total = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "grad_norm": 0.0}
+        size = len(advantage) // groups
+        for share in np.array_split(np.arange(groups), min(self.cfg.updates, groups)):
+            rows = [int(p) * size + g for p in share for g in range(size)]
+            for chunk in gen.chunks(len(rows)):
+                b = [rows[i] for i in chunk]
+                for k in range(window):
+                    log_prob, mean, std, c_v = gen.replay(trajectory, k, b)
+                    if cfg.ratio == "guard":
+                        log_ratio = G.guard_log_ratio(trajectory.x_next[k][b].float(), mean, trajectory.mean[k][b], std, c_v)  # (b,)
+                    else:
+                        log_ratio = log_prob - trajectory.log_prob[k][b]
+                    loss, clipped = clipped_loss(log_ratio, advantage[b], cfg.clip_range)
+                    kl = torch.zeros_like(loss)
+                    if cfg.beta:
+                        with torch.no_grad(), gen.reference():
+                            ref_mean = gen.replay(trajectory, k, b)[1]
+                        kl = G.gaussian_kl(mean, ref_mean, std)  # (b,)
+                    loss = (loss + cfg.beta * kl).sum() / (len(rows) * window)
+                    loss.backward()
+                    total["loss"] += loss.item()
+                    total["kl"] += kl.sum().item() / (len(advantage) * window)
+                    total["clip_fraction"] += clipped.sum().item() / (len(advantage) * window)
+            total["grad_norm"] += self.optimize("generator", gen.parameters()) / min(self.cfg.updates, groups)
+            gen.update_ema()
+        return total
+
+    def update_refiner(self, rewrites, scores, stage):
+        """A rewrite's reward is the mean over its M images; a bad format counts as one more reward, weighted by format_penalty."""
+        cfg, llm, P, N = self.cfg.refiner, self.refiner, stage.prompts, stage.rewrites
+        scores = {n: r.view(P, N, -1).mean(2).flatten() for n, r in scores.items()}  # (P*N,)
+        bad = rewrites.bad_format.view(P, -1)
+        scores["format"] = -torch.cat([torch.zeros(P, int(stage.keep_original)), bad], 1).flatten()
+        advantage = advantages(scores, self.weights | {"format": cfg.format_penalty}, P).view(P, N)[:, int(stage.keep_original):].flatten()
+        alive = (~zero_std(scores, P)).repeat_interleave(N - stage.keep_original)  # zero-variance groups are dropped
+        total = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "grad_norm": 0.0}
+        size = N - stage.keep_original
+        for share in np.array_split(np.arange(P), min(self.cfg.updates, P)):
+            rows = [int(p) * size + n for p in share for n in range(size) if alive[int(p) * size + n]]
+            tokens = max(rewrites.mask[rows].sum().item(), 1.0)
+            for chunk in llm.chunks(len(rows)):
+                b = [rows[i] for i in chunk]
+                log_probs, mask = llm.log_probs(rewrites, b), rewrites.mask[b]  # (b, L)
+                loss, clipped = L.token_loss(log_probs, rewrites.old_log_probs[b], advantage[b].to(self.device), mask, cfg, len(rows), tokens)
+                if cfg.beta:
+                    with torch.no_grad(), llm.reference():
+                        ref = llm.log_probs(rewrites, b)
+                    kl = (L.k3_kl(log_probs, ref) * mask).sum() / tokens
+                    loss = loss + cfg.beta * kl
+                    total["kl"] += kl.item()
+                loss.backward()
+                total["loss"] += loss.item()
+                total["clip_fraction"] += clipped.item()
+            total["grad_norm"] += self.optimize("refiner", llm.parameters()) / min(self.cfg.updates, P)
+        return total
+
+    def optimize(self, name, parameters):
+        with self.phase("optimizer"):
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.cfg.max_grad_norm)
+            self.optimizers[name].step()
+            self.optimizers[name].zero_grad(set_to_none=True)
+        return norm.item()
+
+    # ------------------------------------------------ evaluation
+
+    def draw(self, prompts, images, seed, rewritten):
+        """ODE pictures with the EMA weights, fixed noise per (seed, prompt, image): images (P*M, 3, H, W), the texts that were drawn (P*M)"""
+        texts = [p for p in prompts for _ in range(images)]
+        if rewritten:  # another rewrite for each picture
+            texts = self.refiner.rollout(prompts, images, seed).texts
+        keys = [(seed, EVALUATION, p, m) for p in range(len(prompts)) for m in range(images)]
+        with self.generator.ema_weights():
+            return self.generator.sample(texts, keys), texts
+
+    def evaluate(self, stage):
+        """Validation detectors and KID on validation prompts; `score` = mean detector - KID chooses the weights that are kept."""
+        with self.phase("evaluate"):
+            images, texts = self.draw(self.validation_prompts, self.cfg.eval_images, self.cfg.seed, stage.train != "generator")
+            owners = [p for p in self.validation_prompts for _ in range(self.cfg.eval_images)]
+            result = {n: r.mean().item() for n, r in R.score(self.validation, images, owners, self.cfg.micro_batch).items()}
+            result["kid"] = R.kid(self.features(images), self.photo_features)
+            result["score"] = (sum(v for n, v in result.items() if n != "kid") / max(len(self.validation), 1)) - result["kid"]
+            result |= {f"train_{n}": r.mean().item() for n, r in R.score(self.rewards, images, owners, self.cfg.micro_batch).items()}
+        return result, images
+
+    def weights_of(self, stage):
+        """The trained tensors of a stage, by reference: live, and EMA where there is one"""
+        tensors = []
+        if stage.train != "refiner":
+            tensors += [*self.generator.lora.values(), *self.generator.ema.values()]
+        if stage.train != "generator":
+            tensors += self.refiner.parameters()
+        return tensors
+
+    def save(self, out):
+        self.generator.save_lora(out / "generator")
+        if self.refiner:
+            self.refiner.save_lora(out / "refiner")
+
+    def load(self, out):
+        self.generator.load_lora(out / "generator")
+        if self.refiner:
+            self.refiner.load_lora(out / "refiner")
+
+
+# ---------------------------------------------------------------- pictures
+
+def save_grid(images, path, columns, scale=2):
+    """images (B,3,H,W) in [0,1] -> PNG, row by row"""
+    images = images[:len(images) // columns * columns]
+    rows = [torch.cat(list(images[i:i + columns]), 2) for i in range(0, len(images), columns)]
+    grid = (torch.cat(rows, 1).permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+    Image.fromarray(grid).resize((grid.shape[1] * scale, grid.shape[0] * scale), Image.NEAREST).save(path)
+
+
+def save_before_after(before, after, path, columns=12):
+    """Rows in turn: before, after, before, after; the same prompts and noise above each other"""
+    pairs = [x[i:i + columns] for i in range(0, min(len(before), 4 * columns), columns) for x in (before, after)]
+    save_grid(torch.cat(pairs), path, columns)
+
+
+def save_curves(rows, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2))
+    steps = [r["step"] for r in rows]
+    trained = [r for r in rows if "rewards" in r]
+    for name in trained[0]["rewards"] if trained else []:
+        left.plot([r["step"] for r in trained], [r["rewards"][name] for r in trained], label=name)
+    left.set_title("trained rewards, on the pictures of each step")
+    evaluated = [r for r in rows if "validation" in r]
+    for name in evaluated[0]["validation"]:
+        if not name.startswith("train_"):
+            middle.plot([r["step"] for r in evaluated], [r["validation"][name] for r in evaluated], "o-", label=name)
+    middle.set_title("validation prompts: held back from training")
+    told = [r for r in rows if "refiner" in r]
+    if told:
+        right.plot([r["step"] for r in told], [r["refiner"]["cue_share"] for r in told], label="rewrites with photographic cues")
+        right.plot([r["step"] for r in told], [r["refiner"]["bad_format"] for r in told], label="rewrites without an answer")
+    right.set_title("refiner")
+    bounds = [r["step"] for a, r in zip(rows, rows[1:]) if a["stage"] != r["stage"]]
+    for axis in (left, middle, right):
+        for b in bounds:
+            axis.axvline(b - 0.5, color="gray", lw=0.8, ls=":")
+        axis.set_xlabel("step")
+        axis.set_xlim(min(steps) - 0.5, max(steps) + 0.5)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False)
+        axis.grid(alpha=0.2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------- main
+
+def train(cfg):
+    out, start = Path(cfg.out), time.perf_counter()
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise ValueError(f"out: {cfg.out} is in use and is never overwritten; choose another with out=NAME, or remove it")
+    run = Run(cfg)
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False, allow_unicode=True))
+    describe(cfg, run)
+    rows, seconds = [], {"load": time.perf_counter() - start}
+    metrics = open(out / "metrics.jsonl", "w")
+    bar = tqdm(total=sum(s.steps for s in cfg.stages), desc="train", smoothing=0.1)
+
+    def record(row):
+        rows.append(row)
+        metrics.write(json.dumps(row) + "\n")
+        metrics.flush()
+        for name, s in row["seconds"].items():
+            seconds[name] = seconds.get(name, 0.0) + s
+
+    iteration, pictures = 0, {}
+    for number, stage in enumerate(cfg.stages):
+        best = None
+        for step in range(stage.steps + 1):  # the last pass only evaluates
+            row = {"step": iteration, "stage": f"{number} {stage.train}"}
+            run.seconds = {}
+            result = None
+            if step % cfg.eval_every == 0 or step == stage.steps:
+                result, images = run.evaluate(stage)
+                pictures.setdefault(number, images)
+                save_grid(images[:96], out / "samples" / f"{iteration:05d}_{stage.train}.png", 16)
+                if best is None or result["score"] > best[0]:
+                    best = result["score"], iteration, [t.detach().clone() for t in run.weights_of(stage)], images
+                row["validation"] = result
+            evaluated = run.seconds
+            if step < stage.steps:
+                row |= run.step(stage, iteration)
+                iteration += 1
+                bar.update()
+            row["seconds"] = row.get("seconds", {}) | {n: round(s, 3) for n, s in evaluated.items()}
+            record(row)
+            bar.write(line(row))
+        with torch.no_grad():
+            for tensor, kept in zip(run.weights_of(stage), best[2]):
+                tensor.copy_(kept)
+        bar.write(f"stage {number} ({stage.train}) keeps the weights of step {best[1]}: validation score {best[0]:.3f}")
+        save_before_after(pictures[number], best[3], out / "samples" / f"before_after_{number}_{stage.train}.png")
+        run.save(out)
+        save_curves(rows, out / "curves.png")
+    bar.close()
+    metrics.close()
+    total = time.perf_counter() - start
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+    print("seconds: " + ", ".join(f"{n} {s:.0f}" for n, s in seconds.items()) + f"; in all {total:.0f}. Peak memory {memory:.1f} GiB.")
+    print(f"wrote {out}/: metrics.jsonl, curves.png, samples/, generator/" + (", refiner/" if run.refiner else ""))
+
+
+def line(row):
+    """One line a step, for people."""
+    text = f"step {row['step']:4d} {row['stage']:12s}"
+    if "reward" in row:
+        text += f" reward {row['reward']:.3f} +- {row['reward_std']:.3f}"
+    for name in ("generator", "refiner"):
+        if name in row:
+            text += "".join(f" {k} {v:.3g}" for k, v in row[name].items() if k in ("kl", "grad_norm", "cue_share"))
+    if "validation" in row:
+        text += " | " + " ".join(f"{k} {v:.3f}" for k, v in row["validation"].items())
+    return text
+
+
+def describe(cfg, run):
+    import diffusers
+    import transformers
+    print(f"python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__}; "
+          f"device {run.device}, {torch.get_num_threads()} threads, {cfg.dtype}")
+    for name, policy in (("generator", run.generator), ("refiner", run.refiner)):
+        if policy:
+            whole = sum(p.numel() for p in (policy.transformer if name == "generator" else policy.model).parameters())
+            own = sum(p.numel() for p in policy.parameters())
+            print(f"{name}: {getattr(cfg, name).model}, {(whole - own) / 1e6:.2f} M parameters, LoRA {own / 1e6:.2f} M")
+    for n, s in enumerate(cfg.stages):
+        print(f"stage {n}: {s.train}, {s.steps} steps of {s.prompts} prompts x {s.rewrites} rewrites x {s.images} images = {s.prompts * s.rewrites * s.images} images")
+
+
+def cli(main):
+    """Run a main; bad input is one line on stderr and exit code 2. `python -X dev` shows the traceback."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    cli(lambda: train(load_config(sys.argv[1:])))
