@@ -1,7 +1,5 @@
 """The image policy: any stock diffusers flow-matching pipeline, made trainable by its scheduler alone.
 
-    python -c "import generator; help(generator)"
-
 A flow pipeline ends its loop with `latents = scheduler.step(noise_pred, t, latents)`. So `PolicyScheduler`, a subclass of the
 pipeline's own scheduler, is the whole adapter: it *records* the stochastic steps of a rollout, and it *replays* one of them, with
 gradients, through the pipeline's own call, which keeps guidance, packing, masks and embeddings the same in both.
@@ -16,7 +14,6 @@ the predicted velocity, so that x0 = x - t v and eps = x + (1-t) v. Every step i
 
 a is `noise_level`. Log-probs are *means* over latent dimensions (nats per dimension), never sums.
 """
-import hashlib
 import inspect
 import math
 from contextlib import contextmanager
@@ -331,7 +328,7 @@ class Generator:
         embeds = self.encode(["a photo"])
         seen = []
         self.scheduler.only = (0, torch.zeros(()))
-        self.scheduler.step, step = (lambda v, t, x, **_: seen.append(x.shape) or (x,)), self.scheduler.step
+        self.scheduler.step = lambda v, t, x, **_: seen.append(x.shape) or (x,)
         try:
             extra = {n: v for n, v in self.cfg.call.items() if n != "negative_prompt"}
             self.pipe(height=self.cfg.height, width=self.cfg.width, num_inference_steps=self.cfg.num_steps, output_type="latent", **embeds, **extra)

@@ -18,20 +18,20 @@ Read in this order: Config, advantages, Run.step, Run.update_generator, Run.upda
 """
 import difflib
 import json
-import os
 import platform
 import resource
 import sys
 import time
 import types
-from contextlib import contextmanager, nullcontext
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 import yaml
+from einops import rearrange
 from PIL import Image
 from tqdm import tqdm
 
@@ -413,11 +413,11 @@ class Run:
 # ---------------------------------------------------------------- pictures
 
 def save_grid(images, path, columns, scale=2):
-    """images (B,3,H,W) in [0,1] -> PNG, row by row"""
+    """images (B,3,H,W) in [0,1] -> PNG, row by row; an incomplete last row is left out"""
     images = images[:len(images) // columns * columns]
-    rows = [torch.cat(list(images[i:i + columns]), 2) for i in range(0, len(images), columns)]
-    grid = (torch.cat(rows, 1).permute(1, 2, 0) * 255).round().byte().cpu().numpy()
-    Image.fromarray(grid).resize((grid.shape[1] * scale, grid.shape[0] * scale), Image.NEAREST).save(path)
+    grid = rearrange(images, "(row column) c h w -> (row h) (column w) c", column=columns)
+    picture = Image.fromarray((grid * 255).round().byte().cpu().numpy())
+    picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST).save(path)
 
 
 def save_before_after(before, after, path, columns=12):

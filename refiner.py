@@ -1,7 +1,5 @@
 """The language policy: a chat LLM that rewrites the user's prompt so that its picture looks like a photograph.
 
-    python refiner.py config.yaml "a tabby cat"        print the rewrites
-
 Rollout: P prompts x N rewrites are sampled at `temperature`; log-probs are taken at the same temperature. The answer sits in
 <answer>...</answer>, after optional thinking; a rewrite without one, or with an empty one, is replaced by the user's words and marked.
 

@@ -2,16 +2,12 @@
 
     reward(images (B,3,H,W) f32 in [0,1], prompts: B texts) -> (B,) finite, higher is better
 
-    python reward.py config.yaml picture.jpg ...       print each reward of each picture
-
 A detector returns P(real). To add a reward, write a function with that signature in a file of your own and name it in the config as
 `kind: my_rewards.py:brightness`; whatever else stands in its mapping is passed to it by name, once, if it is a factory (see `user_reward`).
 Each reward is standardised in its own group before the weighted sum, so its scale never matters.
 """
 import importlib.util
-import inspect
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

@@ -55,9 +55,10 @@ def sd3():
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     clip, clip_tokenizer = clip_text(True)
     clip2, clip_tokenizer2 = clip_text(True)
+    encoder, tokenizer = t5()
     transformer = SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
                                         joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=32, out_channels=4, pos_embed_max_size=16)
-    return StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(**FLOW), vae(), clip, clip_tokenizer, clip2, clip_tokenizer2, None, None)
+    return StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(**FLOW), vae(), clip, clip_tokenizer, clip2, clip_tokenizer2, encoder, tokenizer)
 
 
 def zimage():

@@ -1,6 +1,5 @@
 """Laws of bench.py: intervals."""
 import numpy as np
-import pytest
 import torch
 
 import bench
