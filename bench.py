@@ -8,13 +8,13 @@ prompts, trained generator) and `both`, with Euler sampling; held-out `photograp
     scores.<contestant>.<metric>      {"mean", "low", "high"}    95% interval
     difference.<contestant>.<metric>  {"mean", "low", "high"}    contestant - base, paired by prompt
 
-Metrics: each training reward, each held-out detector, `heldout` (their mean), `alignment` (against the user's prompt), `kid` (to the
-photographs, lower is better). Intervals: prompts are resampled, not pictures, because pictures of one prompt are alike; for photographs,
+Metrics: each training reward (`alignment` is against the user's prompt), each held-out detector, `reward` (training rewards by weight),
+`heldout` (mean of the held-out detectors), `kid` (to the photographs, lower is better). Intervals: prompts are resampled, not pictures, because pictures of one prompt are alike; for photographs,
 pictures. KID is no mean, so its interval comes from random halves: a half drawn without replacement varies around the whole
 as the whole varies around the truth.
 """
+
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -38,13 +38,15 @@ def bootstrap(values, resamples, rng):
 
 def kid_interval(features, base, photos, resamples, rng):
     """KID of features (units, pictures, D) to photos (m, D), and its difference to base's -> two {"mean", "low", "high"}"""
+
     def whole(x, rows, reals):
         return R.kid(x[rows].flatten(0, 1), photos[reals])
+
     everything = whole(features, slice(None), slice(None)), whole(base, slice(None), slice(None))
     draws = []
     for _ in range(min(resamples, 200)):
-        rows = torch.from_numpy(rng.permutation(len(features))[:len(features) // 2])
-        reals = torch.from_numpy(rng.permutation(len(photos))[:len(photos) // 2])
+        rows = torch.from_numpy(rng.permutation(len(features))[: len(features) // 2])
+        reals = torch.from_numpy(rng.permutation(len(photos))[: len(photos) // 2])
         draws.append((whole(features, rows, reals), whole(base, rows, reals)))
     draws = np.array(draws)  # (draws, 2)
     results = []
@@ -77,6 +79,7 @@ def score(run, cfg, contestants, photos, captions, prompts):
     for name, images in (contestants | {"photographs": photos}).items():
         texts = captions if name == "photographs" else owners
         raw = R.score(rewards, images, texts, cfg.micro_batch)
+        raw["reward"] = run.combine(raw)
         if held:
             raw["heldout"] = torch.stack([raw[h] for h in held]).mean(0)
         values[name] = {m: v.view(-1, 1 if name == "photographs" else M).numpy() for m, v in raw.items()}
@@ -98,8 +101,10 @@ def table(scores, difference):
     """Lines of a Markdown table: mean [low, high], then the paired difference to base"""
     metrics = list(next(iter(scores.values())))
     lines = ["| contestant | " + " | ".join(metrics) + " |", "|---|" + "---|" * len(metrics)]
+
     def cell(v, sign=""):
         return f"{v['mean']:{sign}.3f} [{v['low']:{sign}.3f}, {v['high']:{sign}.3f}]" if v else ""
+
     for name, row in scores.items():
         lines.append(f"| {name} | " + " | ".join(cell(row.get(m)) for m in metrics) + " |")
     for name, row in difference.items():
@@ -111,7 +116,9 @@ def table(scores, difference):
 def main(cfg):
     out, start, seconds = Path(cfg.out), time.perf_counter(), {}
     if not (out / "generator").is_dir():
-        raise ValueError(f"out: {cfg.out} holds no trained generator; expected the folder of a finished run, python grpo.py config.yaml out={cfg.out}")
+        raise ValueError(
+            f"out: {cfg.out} holds no trained generator; expected the folder of a finished run, python grpo.py config.yaml out={cfg.out}"
+        )
     prompts = grpo.read_prompts(cfg.test_prompts)
     photos, captions = R.read_photos(cfg.test_photos, (cfg.generator.height, cfg.generator.width))
 
@@ -125,14 +132,18 @@ def main(cfg):
     lap("draw")
     scores, difference = score(run, cfg, contestants, photos, captions, prompts)
     lap("score")
-    (out / "bench.json").write_text(json.dumps({"scores": scores, "difference": difference, "pictures": len(prompts) * cfg.bench.images}, indent=1))
+    (out / "bench.json").write_text(
+        json.dumps({"scores": scores, "difference": difference, "pictures": len(prompts) * cfg.bench.images}, indent=1)
+    )
     rows = min(12, len(prompts))
-    first = [images[::cfg.bench.images][:rows] for images in contestants.values()] + [photos[:rows]]
+    first = [images[:: cfg.bench.images][:rows] for images in contestants.values()] + [photos[:rows]]
     grpo.save_grid(torch.cat(first), out / "bench.png", rows)
     print("\n".join(table(scores, difference)))
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
-    print(f"{len(prompts) * cfg.bench.images} pictures per contestant, {len(photos)} photographs; 95% intervals. seconds: "
-          + ", ".join(f"{n} {s:.0f}" for n, s in seconds.items()) + f"; in all {sum(seconds.values()):.0f}. Peak memory {memory:.1f} GiB.")
+    print(
+        f"{len(prompts) * cfg.bench.images} pictures per contestant, {len(photos)} photographs; 95% intervals. seconds: "
+        + ", ".join(f"{n} {s:.0f}" for n, s in seconds.items())
+        + f"; in all {sum(seconds.values()):.0f}. Peak memory {grpo.peak_memory():.1f} GiB."
+    )
     print(f"wrote {out}/bench.json and {out}/bench.png (rows: {', '.join(contestants)}, photographs)")
 
 

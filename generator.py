@@ -14,6 +14,7 @@ the predicted velocity, so that x0 = x - t v and eps = x + (1-t) v. Every step i
 
 a is `noise_level`. Log-probs are *means* over latent dimensions (nats per dimension), never sums.
 """
+
 import inspect
 import math
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from peft.utils import get_peft_model_state_dict
 @dataclass
 class GeneratorConfig:
     """See config.yaml for units and reasons."""
+
     model: str = "nano/flux"
     height: int = 64
     width: int = 64
@@ -42,9 +44,22 @@ class GeneratorConfig:
     share_noise: bool = False
     lora_rank: int = 16
     lora_alpha: int = 32
-    lora_targets: list[str] = field(default_factory=lambda: [
-        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-        "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"])
+    lora_targets: list[str] = field(
+        default_factory=lambda: [
+            "to_q",
+            "to_k",
+            "to_v",
+            "to_out.0",
+            "add_q_proj",
+            "add_k_proj",
+            "add_v_proj",
+            "to_add_out",
+            "ff.net.0.proj",
+            "ff.net.2",
+            "ff_context.net.0.proj",
+            "ff_context.net.2",
+        ]
+    )
     lr: float = 1e-3
     ratio: Literal["guard", "ppo"] = "guard"
     clip_range: float = 2e-3
@@ -53,8 +68,10 @@ class GeneratorConfig:
 
     def __post_init__(self):
         if self.sde != "ode" and not 0 < self.window < self.num_steps:
-            raise ValueError(f"generator.window: {self.window} stochastic steps of {self.num_steps}; "
-                             "expected 1 or more, and fewer than num_steps, because the last step is never stochastic")
+            raise ValueError(
+                f"generator.window: {self.window} stochastic steps of {self.num_steps}; "
+                "expected 1 or more, and fewer than num_steps, because the last step is never stochastic"
+            )
         if self.sde == "cps" and not 0 < self.noise_level <= 1:
             raise ValueError(f"generator.noise_level: {self.noise_level}; cps takes a number in (0, 1]")
 
@@ -62,16 +79,18 @@ class GeneratorConfig:
 @dataclass
 class Trajectory:
     """The stochastic steps of one rollout; each list has one entry per step of the window, each tensor B rows."""
-    embeds: dict          # what the pipeline's call takes instead of prompts, a row per *distinct* prompt
-    embed_rows: list      # (B,) row of `embeds` of each sample
-    index: list = field(default_factory=list)      # place in the full time grid
-    x: list = field(default_factory=list)          # (B, ...) latents before the step, as the pipeline keeps them
-    x_next: list = field(default_factory=list)     # (B, ...) latents after it
-    mean: list = field(default_factory=list)       # (B, ...) f32
-    log_prob: list = field(default_factory=list)   # (B,) f32
+
+    embeds: dict  # what the pipeline's call takes instead of prompts, a row per *distinct* prompt
+    embed_rows: list  # (B,) row of `embeds` of each sample
+    index: list = field(default_factory=list)  # place in the full time grid
+    x: list = field(default_factory=list)  # (B, ...) latents before the step, as the pipeline keeps them
+    x_next: list = field(default_factory=list)  # (B, ...) latents after it
+    mean: list = field(default_factory=list)  # (B, ...) f32
+    log_prob: list = field(default_factory=list)  # (B,) f32
 
 
 # ---------------------------------------------------------------- pure maths
+
 
 def sde_coefficients(sde, t, s, noise_level, t_1):
     """(c_x, c_v, std) of the step from t to s, floats. t_1, the second time of the grid, keeps `flow` finite at t = 1."""
@@ -79,7 +98,7 @@ def sde_coefficients(sde, t, s, noise_level, t_1):
     if sde == "ode":
         return 1.0, -h, 0.0
     if sde == "flow":
-        g = noise_level ** 2 * t / (1 - (t_1 if t == 1 else t))
+        g = noise_level**2 * t / (1 - (t_1 if t == 1 else t))
         return 1 - g * h / (2 * t), -(1 + g * (1 - t) / (2 * t)) * h, math.sqrt(g * h)
     std = s * math.sin(noise_level * math.pi / 2)
     k = math.sqrt(max(s * s - std * std, 0.0))
@@ -92,7 +111,7 @@ def per_sample_mean(x):
 
 def gaussian_log_prob(x_next, mean, std):
     """log N(x_next; mean, std^2), mean over latent dimensions: (B, ...) -> (B,)"""
-    return per_sample_mean(-(x_next - mean) ** 2 / (2 * std ** 2)) - math.log(std) - 0.5 * math.log(2 * math.pi)
+    return per_sample_mean(-((x_next - mean) ** 2) / (2 * std**2)) - math.log(std) - 0.5 * math.log(2 * math.pi)
 
 
 def guard_log_ratio(x_next, mean, old_mean, std, c_v):
@@ -106,7 +125,7 @@ def guard_log_ratio(x_next, mean, old_mean, std, c_v):
 
 def gaussian_kl(mean, ref_mean, std):
     """Exact KL(N(mean, std^2) || N(ref_mean, std^2)), mean over latent dimensions: (B, ...) -> (B,). std includes sqrt(h)."""
-    return per_sample_mean((mean - ref_mean) ** 2) / (2 * std ** 2)
+    return per_sample_mean((mean - ref_mean) ** 2) / (2 * std**2)
 
 
 def draw_window(num_steps, window, rng):
@@ -118,14 +137,16 @@ def draw_window(num_steps, window, rng):
 
 # ---------------------------------------------------------------- the scheduler is the adapter
 
+
 class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
     """Records the stochastic steps of a rollout, or replays one of them. Outside both it is the Euler ODE."""
+
     sde, noise_level = "cps", 0.8
-    window = ()         # record: indices that are stochastic
-    noise = None        # record: shape -> standard normal, per-sample seeds
-    trajectory = None   # record: where the steps go
-    only = None         # replay: (index, x_next)
-    result = None       # replay: (log_prob, mean, std, c_v)
+    window = ()  # record: indices that are stochastic
+    noise = None  # record: shape -> standard normal, per-sample seeds
+    trajectory = None  # record: where the steps go
+    only = None  # replay: (index, x_next)
+    result = None  # replay: (log_prob, mean, std, c_v)
 
     # the names of the parameters matter: diffusers reads this signature to see whether sigmas and mu are allowed
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
@@ -133,7 +154,7 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
         self.grid = self.sigmas.tolist()
         if self.only is not None:
             i = self.only[0]
-            self.timesteps, self.sigmas = self.timesteps[i:i + 1], self.sigmas[i:i + 2]
+            self.timesteps, self.sigmas = self.timesteps[i : i + 1], self.sigmas[i : i + 2]
 
     def step(self, model_output, timestep, sample, return_dict=True, **_):
         if self.step_index is None:
@@ -141,7 +162,9 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
         i = self.step_index + (self.only[0] if self.only is not None else 0)
         self._step_index += 1
         stochastic = self.only is not None or i in self.window
-        c_x, c_v, std = sde_coefficients(self.sde if stochastic else "ode", self.grid[i], self.grid[i + 1], self.noise_level, self.grid[1])
+        c_x, c_v, std = sde_coefficients(
+            self.sde if stochastic else "ode", self.grid[i], self.grid[i + 1], self.noise_level, self.grid[1]
+        )
         mean = c_x * sample.float() + c_v * model_output.float()  # (B, ...)
         if self.only is not None:
             x_next = self.only[1]
@@ -161,7 +184,12 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
 # what each pipeline's encode_prompt returns, by the names its call takes; None: the call makes it again
 EMBEDS = {
     "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds", None),
-    "StableDiffusion3Pipeline": ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
+    "StableDiffusion3Pipeline": (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    ),
     "ZImagePipeline": ("prompt_embeds", "negative_prompt_embeds"),
     "QwenImagePipeline": ("prompt_embeds", "prompt_embeds_mask"),
 }
@@ -190,8 +218,14 @@ class Generator:
         cfg = self.cfg
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.transformer.add_adapter(LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, init_lora_weights="gaussian",
-                                                    target_modules=cfg.lora_targets))
+            self.transformer.add_adapter(
+                LoraConfig(
+                    r=cfg.lora_rank,
+                    lora_alpha=cfg.lora_alpha,
+                    init_lora_weights="gaussian",
+                    target_modules=cfg.lora_targets,
+                )
+            )
         self._adopt_lora()
 
     def load_lora(self, folder):
@@ -210,8 +244,11 @@ class Generator:
         """The EMA weights, as `pipe.load_lora_weights(folder)` reads them."""
         config = self.transformer.peft_config["default"].to_dict()
         with self.ema_weights():
-            self.pipe.save_lora_weights(str(folder), transformer_lora_layers=get_peft_model_state_dict(self.transformer),
-                                        transformer_lora_adapter_metadata=config)
+            self.pipe.save_lora_weights(
+                str(folder),
+                transformer_lora_layers=get_peft_model_state_dict(self.transformer),
+                transformer_lora_adapter_metadata=config,
+            )
 
     def parameters(self):
         return list(self.lora.values())
@@ -273,7 +310,9 @@ class Generator:
         for step in zip(*steps):  # the same step of every chunk
             index, x, x_next, mean, log_prob = zip(*step)
             trajectory.index.append(index[0])
-            for store, parts in zip((trajectory.x, trajectory.x_next, trajectory.mean, trajectory.log_prob), (x, x_next, mean, log_prob)):
+            for store, parts in zip(
+                (trajectory.x, trajectory.x_next, trajectory.mean, trajectory.log_prob), (x, x_next, mean, log_prob)
+            ):
                 store.append(torch.cat(parts))
         return torch.cat(images), trajectory
 
@@ -301,10 +340,16 @@ class Generator:
         accepted = inspect.signature(self.pipe.encode_prompt).parameters
 
         def call(texts):
-            args = dict(prompt=list(texts), device=self.device, max_sequence_length=self.cfg.call.get("max_sequence_length"),
-                        do_classifier_free_guidance=getattr(self.pipe, "do_classifier_free_guidance", False))
+            args = dict(
+                prompt=list(texts),
+                device=self.device,
+                max_sequence_length=self.cfg.call.get("max_sequence_length"),
+                do_classifier_free_guidance=getattr(self.pipe, "do_classifier_free_guidance", False),
+            )
             args |= {n: None for n in ("prompt_2", "prompt_3") if n in accepted}
-            values = self.pipe.encode_prompt(**{n: v for n, v in args.items() if n in accepted and (v is not None or n.startswith("prompt_"))})
+            values = self.pipe.encode_prompt(
+                **{n: v for n, v in args.items() if n in accepted and (v is not None or n.startswith("prompt_"))}
+            )
             return {n: v for n, v in zip(EMBEDS[type(self.pipe).__name__], values) if n and v is not None and len(v)}
 
         embeds = call(prompts)
@@ -319,8 +364,17 @@ class Generator:
         embeds = {n: v[pick] if torch.is_tensor(v) else [v[i] for i in pick] for n, v in trajectory.embeds.items()}
         extra = {n: v for n, v in self.cfg.call.items() if n != "negative_prompt"}
         call = inspect.unwrap(type(self.pipe).__call__)
-        return call(self.pipe, latents=latents.to(self.device), height=self.cfg.height, width=self.cfg.width,
-                    num_inference_steps=self.cfg.num_steps, output_type=output_type, return_dict=False, **embeds, **extra)[0]
+        return call(
+            self.pipe,
+            latents=latents.to(self.device),
+            height=self.cfg.height,
+            width=self.cfg.width,
+            num_inference_steps=self.cfg.num_steps,
+            output_type=output_type,
+            return_dict=False,
+            **embeds,
+            **extra,
+        )[0]
 
     @torch.no_grad()
     def _probe(self):
@@ -331,7 +385,14 @@ class Generator:
         self.scheduler.step = lambda v, t, x, **_: seen.append(x.shape) or (x,)
         try:
             extra = {n: v for n, v in self.cfg.call.items() if n != "negative_prompt"}
-            self.pipe(height=self.cfg.height, width=self.cfg.width, num_inference_steps=self.cfg.num_steps, output_type="latent", **embeds, **extra)
+            self.pipe(
+                height=self.cfg.height,
+                width=self.cfg.width,
+                num_inference_steps=self.cfg.num_steps,
+                output_type="latent",
+                **embeds,
+                **extra,
+            )
         finally:
             del self.scheduler.step
             self.scheduler.only = None
@@ -357,16 +418,24 @@ def load_pipeline(cfg, dtype):
     """A stock pipeline, checked: flow-matching Euler scheduler, a transformer, prompts given as embeddings."""
     folder = Path(cfg.model)
     if folder.exists() and not (folder / "model_index.json").is_file():
-        raise ValueError(f"generator.model: {cfg.model} has no model_index.json; expected a diffusers pipeline saved with save_pretrained")
+        raise ValueError(
+            f"generator.model: {cfg.model} has no model_index.json; expected a diffusers pipeline saved with save_pretrained"
+        )
     try:
         pipe = DiffusionPipeline.from_pretrained(cfg.model, torch_dtype=dtype)
     except OSError as error:
-        raise ValueError(f"generator.model: {cfg.model} cannot be loaded ({str(error).splitlines()[0]}); give a folder or a repository of the Hub") from error
+        raise ValueError(
+            f"generator.model: {cfg.model} cannot be loaded ({str(error).splitlines()[0]}); give a folder or a repository of the Hub"
+        ) from error
     name = type(pipe).__name__
     if type(pipe.scheduler) is not FlowMatchEulerDiscreteScheduler:
-        raise ValueError(f"generator.model: {cfg.model} samples with {type(pipe.scheduler).__name__}; only FlowMatchEulerDiscreteScheduler can be trained")
+        raise ValueError(
+            f"generator.model: {cfg.model} samples with {type(pipe.scheduler).__name__}; only FlowMatchEulerDiscreteScheduler can be trained"
+        )
     if name not in EMBEDS:
-        raise ValueError(f"generator.model: {cfg.model} is a {name}; known are {', '.join(EMBEDS)}; add its encode_prompt to generator.EMBEDS")
+        raise ValueError(
+            f"generator.model: {cfg.model} is a {name}; known are {', '.join(EMBEDS)}; add its encode_prompt to generator.EMBEDS"
+        )
     takes = inspect.signature(pipe.__call__).parameters
     for key in cfg.call:
         if key not in takes:

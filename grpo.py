@@ -16,6 +16,7 @@ One step is a walk. P prompts, N rewrites of each, M images of each rewrite; bat
 A stage trains `refiner` (generator frozen), `generator` (refiner frozen) or `joint` (one set of pictures trains both).
 Read in this order: Config, advantages, Run.step, Run.update_generator, Run.update_refiner, Run.evaluate, main.
 """
+
 import difflib
 import json
 import platform
@@ -39,36 +40,40 @@ import generator as G
 import refiner as L
 import reward as R
 
-EVALUATION = 10 ** 9  # the "iteration" of evaluation noise, so that no training step shares it
+EVALUATION = 10**9  # the "iteration" of evaluation noise, so that no training step shares it
 
 
 # ---------------------------------------------------------------- config
+
 
 @dataclass
 class StageConfig:
     train: Literal["refiner", "generator", "joint"] = "generator"
     steps: int = 20
-    prompts: int = 9            # P
-    rewrites: int = 1           # N, the user's own words included where keep_original
-    images: int = 12            # M
+    prompts: int = 9  # P
+    rewrites: int = 1  # N, the user's own words included where keep_original
+    images: int = 12  # M
     keep_original: bool = True
 
     def __post_init__(self):
         group = self.rewrites - self.keep_original if self.train == "refiner" else self.rewrites * self.images
         if group < 2 or self.train == "joint" and self.rewrites - self.keep_original < 2:
-            raise ValueError(f"stages: a {self.train} stage with {self.rewrites} rewrites (keep_original {str(self.keep_original).lower()}) and {self.images} images "
-                             "has groups of one, whose advantage is always 0; expected 2 or more of what it trains")
+            raise ValueError(
+                f"stages: a {self.train} stage with {self.rewrites} rewrites (keep_original {str(self.keep_original).lower()}) and {self.images} images "
+                "has groups of one, whose advantage is always 0; expected 2 or more of what it trains"
+            )
 
 
 @dataclass
 class BenchConfig:
-    images: int = 8             # pictures per test prompt and contestant
-    resamples: int = 1000       # bootstrap
+    images: int = 8  # pictures per test prompt and contestant
+    resamples: int = 1000  # bootstrap
 
 
 @dataclass
 class Config:
     """The whole of config.yaml, which says each key's unit and reason."""
+
     out: str = "out"
     seed: int = 0
     device: str = "auto"
@@ -96,8 +101,14 @@ class Config:
             raise ValueError("rewards.train: empty; expected at least one reward to optimise")
         if not self.stages:
             raise ValueError("stages: empty; expected at least one stage")
+        if self.generator.sde == "ode" and any(s.train != "refiner" for s in self.stages):
+            raise ValueError(
+                "generator.sde: ode explores nothing, so nothing can be learnt from it; expected cps or flow to train the generator"
+            )
         if self.refiner is None and any(s.train != "generator" or s.rewrites > s.keep_original for s in self.stages):
-            raise ValueError("refiner: null, but a stage needs rewrites; expected train: generator, rewrites: 1, keep_original: true")
+            raise ValueError(
+                "refiner: null, but a stage needs rewrites; expected train: generator, rewrites: 1, keep_original: true"
+            )
 
 
 def build(kind, value, where):
@@ -107,13 +118,19 @@ def build(kind, value, where):
         return None if value is None else build(args[0], value, where)
     if is_dataclass(kind):
         if not isinstance(value, dict):
-            raise ValueError(f"{where or 'the file'}: {value!r}; expected a mapping of {', '.join(f.name for f in fields(kind))}")
+            raise ValueError(
+                f"{where or 'the file'}: {value!r}; expected a mapping of {', '.join(f.name for f in fields(kind))}"
+            )
         hints = get_type_hints(kind)
         for key in value:
             if key not in hints:
                 path = f"{where}.{key}" if where else str(key)
                 close = difflib.get_close_matches(str(key), hints, 1)
-                hint = f"; did you mean {f'{where}.' if where else ''}{close[0]}?" if close else f"; known are {', '.join(hints)}"
+                hint = (
+                    f"; did you mean {f'{where}.' if where else ''}{close[0]}?"
+                    if close
+                    else f"; known are {', '.join(hints)}"
+                )
                 raise ValueError(f"{path} is not a key{hint}")
         return kind(**{k: build(hints[k], v, f"{where}.{k}" if where else k) for k, v in value.items()})
     if origin is list and isinstance(value, list):
@@ -196,6 +213,7 @@ def read_prompts(path):
 
 # ---------------------------------------------------------------- advantages
 
+
 def advantages(scores, weights, groups):
     """{name: (B,)} -> (B,): each reward standardised in its own prompt group, summed by weight, clipped to +-5. B = groups * G, prompt-major."""
     total = sum(weights[n] * R.standardise(r.view(groups, -1)) for n, r in scores.items())  # (P, G)
@@ -216,6 +234,7 @@ def clipped_loss(log_ratio, advantage, clip_range):
 
 # ---------------------------------------------------------------- the run
 
+
 class Run:
     """Both policies, the rewards and the optimizers; `step` is the walk."""
 
@@ -224,6 +243,8 @@ class Run:
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
         dtype = getattr(torch, cfg.dtype)
         self.prompts, self.validation_prompts = read_prompts(cfg.prompts), read_prompts(cfg.validation_prompts)
+        for kind in ("train", "validation", "heldout"):  # before the first model loads, which may take minutes
+            R.check(getattr(cfg.rewards, kind))
         photos, _ = R.read_photos(cfg.validation_photos, (cfg.generator.height, cfg.generator.width))
         self.generator = G.Generator(cfg.generator, self.device, dtype, cfg.micro_batch)
         self.refiner = L.Refiner(cfg.refiner, self.device, dtype, cfg.micro_batch) if cfg.refiner else None
@@ -249,7 +270,10 @@ class Run:
 
     @torch.no_grad()
     def features(self, images):
-        return torch.cat([self.kid_model.features(x.to(self.device)) for x in images.split(self.cfg.micro_batch)]).cpu()  # (n, D)
+        layer = self.cfg.rewards.kid_layer
+        return torch.cat(
+            [self.kid_model.features(x.to(self.device), layer) for x in images.split(self.cfg.micro_batch)]
+        ).cpu()  # (n, D)
 
     @contextmanager
     def phase(self, name):
@@ -263,33 +287,45 @@ class Run:
         """One training step: rollout, score, advantages, update -> a row of metrics."""
         cfg, P, N, M = self.cfg, stage.prompts, stage.rewrites, stage.images
         self.seconds = {}
-        order = [np.random.default_rng([cfg.seed, epoch]).permutation(len(self.prompts))  # every prompt once an epoch
-                 for epoch in range(iteration * P // len(self.prompts), (iteration * P + P - 1) // len(self.prompts) + 1)]
-        start = iteration * P % len(self.prompts)
-        prompts = [self.prompts[i] for i in np.concatenate(order)[start:start + P]]
-        with self.phase("rewrite"):
-            texts, rewrites = self.rewrite(prompts, stage, seed=int(np.random.SeedSequence([cfg.seed, iteration]).generate_state(1)[0]))  # (P*N)
-        train_images = stage.train != "refiner"
-        rng = np.random.default_rng([cfg.seed, iteration])
-        window = G.draw_window(cfg.generator.num_steps, cfg.generator.window, rng) if train_images and cfg.generator.sde != "ode" else ()
+        rng = np.random.default_rng([cfg.seed, iteration])  # decides what all samples of a step share
+        prompts = self.next_prompts(iteration, P)
+        owners = [p for p in prompts for _ in range(N * M)]  # the user's words behind each picture
+        window = () if stage.train == "refiner" else G.draw_window(cfg.generator.num_steps, cfg.generator.window, rng)
         keys = [(cfg.seed, iteration, p, n * M + m) for p in range(P) for n in range(N) for m in range(M)]
-        with self.phase("draw"):
-            images, trajectory = self.generator.rollout([t for t in texts for _ in range(M)], keys, window)  # (P*N*M, 3, H, W)
+        with self.phase("rewrite"):
+            texts, rewrites = self.rewrite(prompts, stage, seed=int(rng.integers(2**63)))  # (P*N)
+        with self.phase("draw"):  # (P*N*M, 3, H, W)
+            images, trajectory = self.generator.rollout([t for t in texts for _ in range(M)], keys, window)
         with self.phase("reward"):  # against what the user typed: a rewrite that drifts loses
-            scores = R.score(self.rewards, images, [p for p in prompts for _ in range(N * M)], cfg.micro_batch)
-        row = {"reward": sum(self.weights[n] * r.mean().item() for n, r in scores.items()) / sum(self.weights.values()),
-               "reward_std": sum(self.weights[n] * r.view(P, -1).std(1).mean().item() for n, r in scores.items()) / sum(self.weights.values()),
-               "zero_std": zero_std(scores, P).float().mean().item(), "rewards": {n: r.mean().item() for n, r in scores.items()}}
-        if train_images:
+            scores = R.score(self.rewards, images, owners, cfg.micro_batch)  # {name: (P*N*M,)}
+        reward = self.combine(scores)  # (P*N*M,), for people; training standardises each reward first
+        row = {
+            "reward": reward.mean().item(),
+            "reward_std": reward.view(P, -1).std(1).mean().item(),
+            "zero_std": zero_std(scores, P).float().mean().item(),
+            "rewards": {n: r.mean().item() for n, r in scores.items()},
+        }
+        if stage.train != "refiner":
             with self.phase("update generator"):
-                row["generator"] = self.update_generator(trajectory, advantages(scores, self.weights, P).to(self.device), P)
-            row["generator"]["window"] = window[0]
+                advantage = advantages(scores, self.weights, P).to(self.device)  # (P*N*M,)
+                row["generator"] = self.update_generator(trajectory, advantage, P) | {"window": window[0]}
         if stage.train != "generator":
             with self.phase("update refiner"):
                 row["refiner"] = self.update_refiner(rewrites, scores, stage)
-            row["refiner"] |= {"cue_share": L.cue_share(texts if not stage.keep_original else [t for i, t in enumerate(texts) if i % N], cfg.refiner.cues),
-                               "bad_format": rewrites.bad_format.mean().item()}
-        return row | {"seconds": {n: round(s, 3) for n, s in self.seconds.items()}}
+            row["refiner"]["cue_share"] = L.cue_share(rewrites.texts, cfg.refiner.cues)
+            row["refiner"]["bad_format"] = rewrites.bad_format.mean().item()
+        return row | {"seconds": dict(self.seconds)}
+
+    def next_prompts(self, iteration, P):
+        """The prompts of a step: one permutation an epoch, so that each prompt is drawn once before any is drawn twice"""
+        size, first = len(self.prompts), iteration * P
+        epochs = range(first // size, (first + P - 1) // size + 1)
+        order = np.concatenate([np.random.default_rng([self.cfg.seed, e]).permutation(size) for e in epochs])
+        return [self.prompts[i] for i in order[first % size : first % size + P]]
+
+    def combine(self, scores):
+        """{name: (B,)} -> (B,): the mean of the training rewards by weight"""
+        return sum(w * scores[n] for n, w in self.weights.items()) / sum(self.weights.values())
 
     def rewrite(self, prompts, stage, seed):
         """P prompts -> P*N texts, prompt-major, the user's own words first where keep_original, and the sampled Rewrites (None if there are none)"""
@@ -299,7 +335,7 @@ class Run:
         rewrites = self.refiner.rollout(prompts, sampled, seed)
         texts = []
         for p, prompt in enumerate(prompts):
-            texts += [prompt] * stage.keep_original + rewrites.texts[p * sampled:(p + 1) * sampled]
+            texts += [prompt] * stage.keep_original + rewrites.texts[p * sampled : (p + 1) * sampled]
         return texts, rewrites
 
     def update_generator(self, trajectory, advantage, groups):
@@ -314,7 +350,9 @@ class Run:
                 for k in range(window):
                     log_prob, mean, std, c_v = gen.replay(trajectory, k, b)
                     if cfg.ratio == "guard":
-                        log_ratio = G.guard_log_ratio(trajectory.x_next[k][b].float(), mean, trajectory.mean[k][b], std, c_v)  # (b,)
+                        log_ratio = G.guard_log_ratio(
+                            trajectory.x_next[k][b].float(), mean, trajectory.mean[k][b], std, c_v
+                        )  # (b,)
                     else:
                         log_ratio = log_prob - trajectory.log_prob[k][b]
                     loss, clipped = clipped_loss(log_ratio, advantage[b], cfg.clip_range)
@@ -337,18 +375,22 @@ class Run:
         cfg, llm, P, N = self.cfg.refiner, self.refiner, stage.prompts, stage.rewrites
         scores = {n: r.view(P, N, -1).mean(2).flatten() for n, r in scores.items()}  # (P*N,)
         bad = rewrites.bad_format.view(P, -1)
-        scores["format"] = -torch.cat([torch.zeros(P, int(stage.keep_original)), bad], 1).flatten()
-        advantage = advantages(scores, self.weights | {"format": cfg.format_penalty}, P).view(P, N)[:, int(stage.keep_original):].flatten()
-        alive = (~zero_std(scores, P)).repeat_interleave(N - stage.keep_original)  # zero-variance groups are dropped
+        scores["format"] = -torch.cat([torch.zeros(P, N - bad.shape[1]), bad], 1).flatten()
+        own = int(stage.keep_original)  # the user's own words stand first in each group, without LLM gradient
+        weights = self.weights | {"format": cfg.format_penalty}
+        advantage = advantages(scores, weights, P).view(P, N)[:, own:].flatten()  # (P*(N-own),)
+        alive = (~zero_std(scores, P)).repeat_interleave(N - own)  # zero-variance groups are dropped
         total = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "grad_norm": 0.0}
-        size = N - stage.keep_original
+        size = N - own
         for share in np.array_split(np.arange(P), min(self.cfg.updates, P)):
             rows = [int(p) * size + n for p in share for n in range(size) if alive[int(p) * size + n]]
             tokens = max(rewrites.mask[rows].sum().item(), 1.0)
             for chunk in llm.chunks(len(rows)):
                 b = [rows[i] for i in chunk]
                 log_probs, mask = llm.log_probs(rewrites, b), rewrites.mask[b]  # (b, L)
-                loss, clipped = L.token_loss(log_probs, rewrites.old_log_probs[b], advantage[b].to(self.device), mask, cfg, len(rows), tokens)
+                loss, clipped = L.token_loss(
+                    log_probs, rewrites.old_log_probs[b], advantage[b].to(self.device), mask, cfg, len(rows), tokens
+                )
                 if cfg.beta:
                     with torch.no_grad(), llm.reference():
                         ref = llm.log_probs(rewrites, b)
@@ -381,13 +423,23 @@ class Run:
 
     def evaluate(self, stage):
         """Validation detectors and KID on validation prompts; `score` = mean detector - KID chooses the weights that are kept."""
+        self.seconds = {}
         with self.phase("evaluate"):
-            images, texts = self.draw(self.validation_prompts, self.cfg.eval_images, self.cfg.seed, stage.train != "generator")
+            images, texts = self.draw(
+                self.validation_prompts, self.cfg.eval_images, self.cfg.seed, stage.train != "generator"
+            )
             owners = [p for p in self.validation_prompts for _ in range(self.cfg.eval_images)]
-            result = {n: r.mean().item() for n, r in R.score(self.validation, images, owners, self.cfg.micro_batch).items()}
+            result = {
+                n: r.mean().item() for n, r in R.score(self.validation, images, owners, self.cfg.micro_batch).items()
+            }
             result["kid"] = R.kid(self.features(images), self.photo_features)
-            result["score"] = (sum(v for n, v in result.items() if n != "kid") / max(len(self.validation), 1)) - result["kid"]
-            result |= {f"train_{n}": r.mean().item() for n, r in R.score(self.rewards, images, owners, self.cfg.micro_batch).items()}
+            result["score"] = (sum(v for n, v in result.items() if n != "kid") / max(len(self.validation), 1)) - result[
+                "kid"
+            ]
+            result |= {
+                f"train_{n}": r.mean().item()
+                for n, r in R.score(self.rewards, images, owners, self.cfg.micro_batch).items()
+            }
         return result, images
 
     def weights_of(self, stage):
@@ -412,9 +464,10 @@ class Run:
 
 # ---------------------------------------------------------------- pictures
 
+
 def save_grid(images, path, columns, scale=2):
     """images (B,3,H,W) in [0,1] -> PNG, row by row; an incomplete last row is left out"""
-    images = images[:len(images) // columns * columns]
+    images = images[: len(images) // columns * columns]
     grid = rearrange(images, "(row column) c h w -> (row h) (column w) c", column=columns)
     picture = Image.fromarray((grid * 255).round().byte().cpu().numpy())
     picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST).save(path)
@@ -422,14 +475,21 @@ def save_grid(images, path, columns, scale=2):
 
 def save_before_after(before, after, path, columns=12):
     """Rows in turn: before, after, before, after; the same prompts and noise above each other"""
-    pairs = [x[i:i + columns] for i in range(0, min(len(before), 4 * columns), columns) for x in (before, after)]
+    columns = min(columns, len(before))
+    pairs = [
+        x[i : i + columns]
+        for i in range(0, min(len(before), 3 * columns) - columns + 1, columns)
+        for x in (before, after)
+    ]
     save_grid(torch.cat(pairs), path, columns)
 
 
 def save_curves(rows, path):
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2))
     steps = [r["step"] for r in rows]
     trained = [r for r in rows if "rewards" in r]
@@ -443,8 +503,14 @@ def save_curves(rows, path):
     middle.set_title("validation prompts: held back from training")
     told = [r for r in rows if "refiner" in r]
     if told:
-        right.plot([r["step"] for r in told], [r["refiner"]["cue_share"] for r in told], label="rewrites with photographic cues")
-        right.plot([r["step"] for r in told], [r["refiner"]["bad_format"] for r in told], label="rewrites without an answer")
+        right.plot(
+            [r["step"] for r in told],
+            [r["refiner"]["cue_share"] for r in told],
+            label="rewrites with photographic cues",
+        )
+        right.plot(
+            [r["step"] for r in told], [r["refiner"]["bad_format"] for r in told], label="rewrites without an answer"
+        )
     right.set_title("refiner")
     bounds = [r["step"] for a, r in zip(rows, rows[1:]) if a["stage"] != r["stage"]]
     for axis in (left, middle, right):
@@ -462,60 +528,85 @@ def save_curves(rows, path):
 
 # ---------------------------------------------------------------- main
 
+
 def train(cfg):
+    """All stages, one after another; each starts from the weights that the one before it kept."""
     out, start = Path(cfg.out), time.perf_counter()
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise ValueError(f"out: {cfg.out} is in use and is never overwritten; choose another with out=NAME, or remove it")
+        raise ValueError(
+            f"out: {cfg.out} is in use and is never overwritten; choose another with out=NAME, or remove it"
+        )
     run = Run(cfg)
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False, allow_unicode=True))
     describe(cfg, run)
-    rows, seconds = [], {"load": time.perf_counter() - start}
-    metrics = open(out / "metrics.jsonl", "w")
-    bar = tqdm(total=sum(s.steps for s in cfg.stages), desc="train", smoothing=0.1)
-
-    def record(row):
-        rows.append(row)
-        metrics.write(json.dumps(row) + "\n")
-        metrics.flush()
-        for name, s in row["seconds"].items():
-            seconds[name] = seconds.get(name, 0.0) + s
-
-    iteration, pictures = 0, {}
+    log = Log(cfg, load_seconds=time.perf_counter() - start)
+    iteration = 0
     for number, stage in enumerate(cfg.stages):
-        best = None
-        for step in range(stage.steps + 1):  # the last pass only evaluates
-            row = {"step": iteration, "stage": f"{number} {stage.train}"}
-            run.seconds = {}
-            result = None
-            if step % cfg.eval_every == 0 or step == stage.steps:
-                result, images = run.evaluate(stage)
-                pictures.setdefault(number, images)
-                save_grid(images[:96], out / "samples" / f"{iteration:05d}_{stage.train}.png", 16)
-                if best is None or result["score"] > best[0]:
-                    best = result["score"], iteration, [t.detach().clone() for t in run.weights_of(stage)], images
-                row["validation"] = result
-            evaluated = run.seconds
-            if step < stage.steps:
-                row |= run.step(stage, iteration)
-                iteration += 1
-                bar.update()
-            row["seconds"] = row.get("seconds", {}) | {n: round(s, 3) for n, s in evaluated.items()}
-            record(row)
-            bar.write(line(row))
-        with torch.no_grad():
-            for tensor, kept in zip(run.weights_of(stage), best[2]):
-                tensor.copy_(kept)
-        bar.write(f"stage {number} ({stage.train}) keeps the weights of step {best[1]}: validation score {best[0]:.3f}")
-        save_before_after(pictures[number], best[3], out / "samples" / f"before_after_{number}_{stage.train}.png")
+        iteration = train_stage(run, log, number, stage, iteration)
         run.save(out)
-        save_curves(rows, out / "curves.png")
-    bar.close()
-    metrics.close()
-    total = time.perf_counter() - start
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
-    print("seconds: " + ", ".join(f"{n} {s:.0f}" for n, s in seconds.items()) + f"; in all {total:.0f}. Peak memory {memory:.1f} GiB.")
-    print(f"wrote {out}/: metrics.jsonl, curves.png, samples/, generator/" + (", refiner/" if run.refiner else ""))
+    log.close(time.perf_counter() - start)
+
+
+def train_stage(run, log, number, stage, iteration):
+    """`steps` steps with a look at the validation prompts every few; ends with the weights of the best look. -> next iteration"""
+    first = best = None
+    for step in range(stage.steps + 1):  # the last pass only looks
+        row = {"step": iteration, "stage": f"{number} {stage.train}", "seconds": {}}
+        if step % run.cfg.eval_every == 0 or step == stage.steps:
+            row["validation"], images = run.evaluate(stage)
+            row["seconds"] = dict(run.seconds)
+            save_grid(images[:96], log.out / "samples" / f"{iteration:05d}_{stage.train}.png", 16)
+            score = row["validation"]["score"]
+            first = images if first is None else first
+            if best is None or score > best[0]:
+                best = score, iteration, [t.detach().clone() for t in run.weights_of(stage)], images
+        if step < stage.steps:
+            looked = row["seconds"]
+            row |= run.step(stage, iteration)
+            row["seconds"] = row["seconds"] | looked
+            iteration += 1
+        log.record(row)
+    score, kept, weights, images = best
+    with torch.no_grad():
+        for tensor, value in zip(run.weights_of(stage), weights):
+            tensor.copy_(value)
+    log.bar.write(f"stage {number} ({stage.train}) keeps the weights of step {kept}: validation score {score:.3f}")
+    every = run.cfg.eval_images
+    name = f"before_after_{number}_{stage.train}.png"
+    save_before_after(first[::every], images[::every], log.out / "samples" / name)
+    save_curves(log.rows, log.out / "curves.png")
+    return iteration
+
+
+class Log:
+    """metrics.jsonl, a line a step for people, the progress bar, and where the time went."""
+
+    def __init__(self, cfg, load_seconds):
+        self.out, self.rows, self.seconds = Path(cfg.out), [], {"load": load_seconds}
+        (self.out / "samples").mkdir(parents=True, exist_ok=True)
+        (self.out / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False, allow_unicode=True))
+        self.metrics = open(self.out / "metrics.jsonl", "w")
+        self.bar = tqdm(total=sum(s.steps for s in cfg.stages), desc="train", smoothing=0.1)
+
+    def record(self, row):
+        row["seconds"] = {n: round(s, 3) for n, s in row["seconds"].items()}
+        self.rows.append(row)
+        self.metrics.write(json.dumps(row) + "\n")
+        self.metrics.flush()
+        for name, s in row["seconds"].items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + s
+        self.bar.update(int("reward" in row))
+        self.bar.write(line(row))
+
+    def close(self, total):
+        self.bar.close()
+        self.metrics.close()
+        parts = ", ".join(f"{n} {s:.0f}" for n, s in self.seconds.items())
+        print(f"seconds: {parts}; in all {total:.0f}. Peak memory {peak_memory():.1f} GiB. Wrote {self.out}/")
+
+
+def peak_memory():
+    """GiB of this process; ru_maxrss is in bytes on macOS and in KiB elsewhere"""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
 def line(row):
@@ -534,15 +625,20 @@ def line(row):
 def describe(cfg, run):
     import diffusers
     import transformers
-    print(f"python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__}; "
-          f"device {run.device}, {torch.get_num_threads()} threads, {cfg.dtype}")
+
+    print(
+        f"python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__}; "
+        f"device {run.device}, {torch.get_num_threads()} threads, {cfg.dtype}"
+    )
     for name, policy in (("generator", run.generator), ("refiner", run.refiner)):
         if policy:
             whole = sum(p.numel() for p in (policy.transformer if name == "generator" else policy.model).parameters())
             own = sum(p.numel() for p in policy.parameters())
             print(f"{name}: {getattr(cfg, name).model}, {(whole - own) / 1e6:.2f} M parameters, LoRA {own / 1e6:.2f} M")
     for n, s in enumerate(cfg.stages):
-        print(f"stage {n}: {s.train}, {s.steps} steps of {s.prompts} prompts x {s.rewrites} rewrites x {s.images} images = {s.prompts * s.rewrites * s.images} images")
+        print(
+            f"stage {n}: {s.train}, {s.steps} steps of {s.prompts} prompts x {s.rewrites} rewrites x {s.images} images = {s.prompts * s.rewrites * s.images} images"
+        )
 
 
 def cli(main):

@@ -11,6 +11,7 @@ Token losses. L tokens, mask m, ratio r = exp(log_prob - old_log_prob), advantag
     dr_grpo  1/B sum over rewrites of (sum_t m l / max_new_tokens)         Dr. GRPO, arXiv 2503.20783
     gspo     1/B sum over rewrites of l with r = exp(mean_t log-ratio)     GSPO, arXiv 2507.18071
 """
+
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,9 +26,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 @dataclass
 class RefinerConfig:
     """See config.yaml for units and reasons."""
+
     model: str = "nano/refiner"
-    system_prompt: str = ("You rewrite prompts for a text-to-image model. Keep the subject and every detail of the user's prompt, "
-                          "and add what makes the picture look like a real photograph. Reply with <answer>the rewritten prompt</answer>.")
+    system_prompt: str = (
+        "You rewrite prompts for a text-to-image model. Keep the subject and every detail of the user's prompt, "
+        "and add what makes the picture look like a real photograph. Reply with <answer>the rewritten prompt</answer>."
+    )
     max_new_tokens: int = 64
     temperature: float = 1.0
     format_penalty: float = 0.5
@@ -38,30 +42,42 @@ class RefinerConfig:
     clip_range: float = 0.2
     clip_range_high: float = 0.28
     beta: float = 0.0
-    cues: list[str] = field(default_factory=lambda: ["raw photo", "film grain", "35mm film", "unedited", "phone", "camera", "IMG_", "DSC_"])
+    cues: list[str] = field(
+        default_factory=lambda: ["raw photo", "film grain", "35mm film", "unedited", "phone", "camera", "IMG_", "DSC_"]
+    )
 
     def __post_init__(self):
         if self.temperature <= 0:
-            raise ValueError(f"refiner.temperature: {self.temperature}; expected a number above 0, because GRPO needs rewrites that differ")
+            raise ValueError(
+                f"refiner.temperature: {self.temperature}; expected a number above 0, because GRPO needs rewrites that differ"
+            )
 
 
 @dataclass
 class Rewrites:
     """P*N sampled rewrites, prompt-major."""
-    texts: list             # what the generator draws
-    ids: torch.Tensor       # (B, K+L) left-padded prompt, then the completion
+
+    texts: list  # what the generator draws
+    ids: torch.Tensor  # (B, K+L) left-padded prompt, then the completion
     attention: torch.Tensor  # (B, K+L) 1 where a token is
-    mask: torch.Tensor      # (B, L) f32, 1 on completion tokens, the end token included
+    mask: torch.Tensor  # (B, L) f32, 1 on completion tokens, the end token included
     bad_format: torch.Tensor  # (B,) f32, 1 where no answer could be read
     old_log_probs: torch.Tensor  # (B, L) nats, at the sampling temperature
 
 
 # ---------------------------------------------------------------- pure functions
 
+
 def chat(tokenizer, prompts, system_prompt):
     """Prompts -> the chat texts that the LLM continues."""
-    return [tokenizer.apply_chat_template([{"role": "system", "content": system_prompt}, {"role": "user", "content": p}],
-                                          tokenize=False, add_generation_prompt=True) for p in prompts]
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "system", "content": system_prompt}, {"role": "user", "content": p}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        for p in prompts
+    ]
 
 
 def read_answer(text):
@@ -110,18 +126,23 @@ def k3_kl(log_probs, ref_log_probs):
 
 # ---------------------------------------------------------------- the policy
 
+
 class Refiner:
     """A chat LLM with a LoRA. `rollout` samples rewrites, `log_probs` scores them with grad, `reference()` turns the LoRA off."""
 
     def __init__(self, cfg, device="cpu", dtype=torch.float32, micro_batch=64):
         self.cfg, self.device, self.micro_batch = cfg, torch.device(device), micro_batch
         if Path(cfg.model).exists() and not (Path(cfg.model) / "config.json").is_file():
-            raise ValueError(f"refiner.model: {cfg.model} has no config.json; expected a causal language model saved with save_pretrained")
+            raise ValueError(
+                f"refiner.model: {cfg.model} has no config.json; expected a causal language model saved with save_pretrained"
+            )
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(cfg.model)
             self.model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=dtype).to(device).eval()
         except OSError as error:
-            raise ValueError(f"refiner.model: {cfg.model} cannot be loaded ({str(error).splitlines()[0]}); give a folder or a repository of the Hub") from error
+            raise ValueError(
+                f"refiner.model: {cfg.model} cannot be loaded ({str(error).splitlines()[0]}); give a folder or a repository of the Hub"
+            ) from error
         if not self.tokenizer.chat_template:
             raise ValueError(f"refiner.model: {cfg.model} has no chat template; expected an instruction-tuned model")
         self.model.requires_grad_(False)
@@ -130,8 +151,15 @@ class Refiner:
         """A new LoRA on every linear layer but the head, f32; its up matrices are zero, so that nothing changes yet."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model = get_peft_model(self.model, LoraConfig(r=self.cfg.lora_rank, lora_alpha=self.cfg.lora_alpha, target_modules="all-linear",
-                                                               task_type="CAUSAL_LM"))
+            self.model = get_peft_model(
+                self.model,
+                LoraConfig(
+                    r=self.cfg.lora_rank,
+                    lora_alpha=self.cfg.lora_alpha,
+                    target_modules="all-linear",
+                    task_type="CAUSAL_LM",
+                ),
+            )
 
     def load_lora(self, folder):
         """The adapter that `save_lora` wrote."""
@@ -155,21 +183,40 @@ class Refiner:
         """P prompts x N rewrites, prompt-major -> Rewrites. `seed` alone decides the sampling; the global generator is left as it was."""
         cfg, tokenizer = self.cfg, self.tokenizer
         texts = chat(tokenizer, prompts, cfg.system_prompt)
-        heads = tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt").to(self.device)
+        heads = tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt").to(
+            self.device
+        )
         heads = {n: heads[n].repeat_interleave(num_rewrites, 0) for n in ("input_ids", "attention_mask")}  # (P*N, K)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
-            ids = self.model.generate(**heads, do_sample=True, temperature=cfg.temperature, top_k=0, top_p=1.0, max_new_tokens=cfg.max_new_tokens,
-                                      pad_token_id=tokenizer.pad_token_id)  # (P*N, K+L)
+            ids = self.model.generate(
+                **heads,
+                do_sample=True,
+                temperature=cfg.temperature,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=cfg.max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+            )  # (P*N, K+L)
         width = heads["input_ids"].shape[1]
         completion = ids[:, width:]  # (P*N, L)
         eos = self.model.generation_config.eos_token_id
         ended = torch.isin(completion, torch.tensor(eos, device=ids.device).flatten()).cumsum(1)
-        mask = (ended - torch.isin(completion, torch.tensor(eos, device=ids.device).flatten()).long() == 0).float()  # the first end token counts
-        answers = [read_answer(tokenizer.decode(row[m > 0], skip_special_tokens=True)) for row, m in zip(completion, mask)]
+        mask = (
+            ended - torch.isin(completion, torch.tensor(eos, device=ids.device).flatten()).long() == 0
+        ).float()  # the first end token counts
+        answers = [
+            read_answer(tokenizer.decode(row[m > 0], skip_special_tokens=True)) for row, m in zip(completion, mask)
+        ]
         own = [p for p in prompts for _ in range(num_rewrites)]
-        rewrites = Rewrites(texts=[a or p for a, p in zip(answers, own)], ids=ids, attention=torch.cat([heads["attention_mask"], mask.long()], 1),
-                            mask=mask, bad_format=torch.tensor([float(a is None) for a in answers]), old_log_probs=torch.zeros_like(mask))
+        rewrites = Rewrites(
+            texts=[a or p for a, p in zip(answers, own)],
+            ids=ids,
+            attention=torch.cat([heads["attention_mask"], mask.long()], 1),
+            mask=mask,
+            bad_format=torch.tensor([float(a is None) for a in answers]),
+            old_log_probs=torch.zeros_like(mask),
+        )
         for rows in self.chunks(len(ids)):
             rewrites.old_log_probs[rows] = self.log_probs(rewrites, rows)
         return rewrites
@@ -183,5 +230,7 @@ class Refiner:
         length = mask.shape[1]
         attention = rewrites.attention[rows]
         positions = (attention.cumsum(1) - 1).clamp(min=0)  # left padding must not shift positions
-        logits = self.model(input_ids=ids, attention_mask=attention, position_ids=positions, logits_to_keep=length + 1).logits[:, :-1]  # (b, L, V)
+        logits = self.model(
+            input_ids=ids, attention_mask=attention, position_ids=positions, logits_to_keep=length + 1
+        ).logits[:, :-1]  # (b, L, V)
         return token_log_probs(logits, ids[:, -length:], self.cfg.temperature) * mask

@@ -6,6 +6,7 @@ A detector returns P(real). To add a reward, write a function with that signatur
 `kind: my_rewards.py:brightness`; whatever else stands in its mapping is passed to it by name, once, if it is a factory (see `user_reward`).
 Each reward is standardised in its own group before the weighted sum, so its scale never matters.
 """
+
 import importlib.util
 import json
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from PIL import Image
 @dataclass
 class RewardConfig:
     """One reward of the mapping name -> {kind, model, weight, ...}; see config.yaml."""
+
     kind: str = "classifier"
     model: str = ""
     weight: float = 1.0
@@ -30,13 +32,16 @@ class RewardConfig:
 @dataclass
 class RewardsConfig:
     """Which reward may see what: `train` is optimised, `validation` chooses the checkpoint, `heldout` is loaded by bench.py alone."""
+
     train: dict[str, RewardConfig] = field(default_factory=dict)
     validation: dict[str, RewardConfig] = field(default_factory=dict)
     heldout: dict[str, RewardConfig] = field(default_factory=dict)
     kid: str = "nano/clip"
+    kid_layer: int | None = 1
 
 
 # ---------------------------------------------------------------- pure maths
+
 
 def standardise(rewards):
     """(P, G) rewards of P groups -> (r - mean) / (std + 1e-4), population std. The 1e-4 keeps rounding from becoming an advantage."""
@@ -45,8 +50,10 @@ def standardise(rewards):
 
 def kid(x, y):
     """Kernel Inception Distance of features x (n, D), y (m, D): unbiased squared MMD, kernel (x.y/D + 1)^3. arXiv 1801.01401. May be < 0."""
+
     def kernel(a, b):
         return (a @ b.T / a.shape[1] + 1) ** 3
+
     x, y = x.double(), y.double()
     n, m = len(x), len(y)
     xx, yy, xy = kernel(x, x), kernel(y, y), kernel(x, y)
@@ -54,6 +61,7 @@ def kid(x, y):
 
 
 # ---------------------------------------------------------------- kinds
+
 
 def resize(images, size):
     """(B,3,H,W) -> (B,3,size,size), antialiased bicubic; untouched when it fits"""
@@ -67,6 +75,7 @@ class Preprocess:
 
     def __init__(self, model):
         from transformers.image_processing_base import ImageProcessingMixin
+
         values, _ = ImageProcessingMixin.get_image_processor_dict(model)
         size = values.get("crop_size") or values["size"]
         self.size = size if isinstance(size, int) else size.get("height") or size["shortest_edge"]
@@ -78,15 +87,19 @@ class Preprocess:
 
 class ClassifierReward:
     """P(real) by any AutoModelForImageClassification; which labels mean real is found by their names, never by position."""
+
     REAL = ("real", "photo", "photograph", "human", "natural", "authentic")
 
     def __init__(self, cfg, device):
         from transformers import AutoModelForImageClassification
+
         self.model = from_pretrained(AutoModelForImageClassification, cfg.model).to(device).eval().requires_grad_(False)
         labels = {i: str(label).lower() for i, label in self.model.config.id2label.items()}
         self.real = [i for i, label in labels.items() if label in self.REAL]
         if not self.real:
-            raise ValueError(f"{cfg.model}: no label of {list(labels.values())} means real; expected one of {', '.join(self.REAL)}")
+            raise ValueError(
+                f"{cfg.model}: no label of {list(labels.values())} means real; expected one of {', '.join(self.REAL)}"
+            )
         self.preprocess = Preprocess(cfg.model)
 
     def __call__(self, images, prompts):
@@ -99,17 +112,27 @@ class ClipReward:
 
     def __init__(self, cfg, device):
         from transformers import AutoTokenizer, CLIPModel
+
         self.model = from_pretrained(CLIPModel, cfg.model).to(device).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.model)
         self.length = self.model.config.text_config.max_position_embeddings
         self.preprocess = Preprocess(cfg.model)
 
-    def features(self, images):
-        """(B,3,H,W) in [0,1] -> (B, D): the picture before the projection to text, which would drop its style; KID is measured on it"""
-        return self.model.vision_model(pixel_values=self.preprocess(images)).pooler_output.float()
+    def features(self, images, layer=None):
+        """(B,3,H,W) in [0,1] -> (B, D): the pooled picture, or the class token after block `layer`, normalised. KID is measured on it.
+
+        The deep features know the subject, early ones colour and texture.
+        """
+        out = self.model.vision_model(pixel_values=self.preprocess(images), output_hidden_states=bool(layer))
+        if not layer:
+            return out.pooler_output.float()
+        token = out.hidden_states[layer][:, 0].float()  # (B, D)
+        return F.layer_norm(token, token.shape[-1:])
 
     def __call__(self, images, prompts):
-        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=self.length, return_tensors="pt").to(images.device)
+        tokens = self.tokenizer(
+            list(prompts), padding=True, truncation=True, max_length=self.length, return_tensors="pt"
+        ).to(images.device)
         text = self.model.text_projection(self.model.text_model(**tokens).pooler_output).float()  # (B, D)
         picture = self.model.visual_projection(self.features(images).to(text.dtype))  # (B, D)
         return F.cosine_similarity(picture, text)  # (B,)
@@ -118,11 +141,23 @@ class ClipReward:
 KINDS = {"classifier": ClassifierReward, "clip": ClipReward}
 
 
+def check(configs):
+    """What can be told without loading a model: kinds, files, folders. ValueError names the reward."""
+    for name, cfg in configs.items():
+        path, colon, _ = cfg.kind.partition(":")
+        if colon and not Path(path).is_file() or not colon and path not in KINDS:
+            raise ValueError(
+                f"rewards: {name}: kind {cfg.kind!r}; expected {', '.join(KINDS)} or path/to/file.py:function"
+            )
+        if not colon and not cfg.model:
+            raise ValueError(f"rewards: {name}: no model; expected a folder or a repository of the Hub")
+        if not colon and Path(cfg.model).exists() and not (Path(cfg.model) / "config.json").is_file():
+            raise ValueError(f"rewards: {name}: {cfg.model} has no config.json; expected a model of save_pretrained")
+
+
 def user_reward(name, cfg):
     """`file.py:name`: a reward function, or, where `args` are given, a factory called once with them that returns one."""
     path, _, attribute = cfg.kind.partition(":")
-    if not Path(path).is_file():
-        raise ValueError(f"rewards: {name}: {path} is not a file; expected kind: {', '.join(KINDS)} or path/to/file.py:function")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -133,29 +168,25 @@ def user_reward(name, cfg):
 
 
 def from_pretrained(cls, model):
-    """float32 weights; one clear line for what is no model."""
-    if Path(model).exists() and not (Path(model) / "config.json").is_file():
-        raise ValueError(f"rewards: {model} has no config.json; expected a model saved with save_pretrained")
+    """float32 weights; one clear line for what cannot be loaded."""
     try:
         return cls.from_pretrained(model, dtype=torch.float32)
     except OSError as error:
-        raise ValueError(f"rewards: {model} cannot be loaded ({str(error).splitlines()[0]}); give a folder or a repository of the Hub") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"rewards: {model} cannot be loaded ({reason}); give a folder or a repository") from error
 
 
 def load_rewards(configs, device="cpu"):
     """The factory: {name: RewardConfig} -> {name: reward}. Models load once, here."""
-    rewards = {}
-    for name, cfg in configs.items():
-        if ":" in cfg.kind:
-            rewards[name] = user_reward(name, cfg)
-        elif cfg.kind in KINDS:
-            rewards[name] = KINDS[cfg.kind](cfg, device)
-        else:
-            raise ValueError(f"rewards: {name}: kind {cfg.kind!r} is none of {', '.join(KINDS)} and no path/to/file.py:function")
-    return rewards
+    check(configs)
+    return {
+        name: user_reward(name, cfg) if ":" in cfg.kind else KINDS[cfg.kind](cfg, device)
+        for name, cfg in configs.items()
+    }
 
 
 # ---------------------------------------------------------------- the public entry
+
 
 @torch.no_grad()
 def score(rewards, images, prompts, micro_batch=64):
@@ -164,13 +195,17 @@ def score(rewards, images, prompts, micro_batch=64):
     for name, reward in rewards.items():
         parts = []
         for i in range(0, len(images), micro_batch):
-            chunk, texts = images[i:i + micro_batch], list(prompts[i:i + micro_batch])
+            chunk, texts = images[i : i + micro_batch], list(prompts[i : i + micro_batch])
             value = torch.as_tensor(reward(chunk, texts))
             if value.shape != (len(chunk),):
-                raise ValueError(f"rewards: {name} returned shape {tuple(value.shape)} for {len(chunk)} pictures; expected ({len(chunk)},)")
+                raise ValueError(
+                    f"rewards: {name} returned shape {tuple(value.shape)} for {len(chunk)} pictures; expected ({len(chunk)},)"
+                )
             if not torch.isfinite(value).all():
-                raise ValueError(f"rewards: {name} returned a value that is not finite for {texts[int((~torch.isfinite(value)).nonzero()[0])]!r}; "
-                                 "rewards must be finite")
+                raise ValueError(
+                    f"rewards: {name} returned a value that is not finite for {texts[int((~torch.isfinite(value)).nonzero()[0])]!r}; "
+                    "rewards must be finite"
+                )
             parts.append(value.float().cpu())
         scores[name] = torch.cat(parts)
     return scores
@@ -185,7 +220,9 @@ def read_image(path, size=None):
     if size and picture.size != (size[1], size[0]):
         h, w = size
         scale = max(h / picture.height, w / picture.width)
-        picture = picture.resize((max(w, round(picture.width * scale)), max(h, round(picture.height * scale))), Image.BICUBIC)
+        picture = picture.resize(
+            (max(w, round(picture.width * scale)), max(h, round(picture.height * scale))), Image.BICUBIC
+        )
         left, top = (picture.width - w) // 2, (picture.height - h) // 2
         picture = picture.crop((left, top, left + w, top + h))
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255

@@ -1,4 +1,5 @@
 """Tiny random checkpoints of the real classes, saved with save_pretrained, so that tests go through the code that real models go through."""
+
 import os
 import sys
 from pathlib import Path
@@ -23,73 +24,190 @@ def in_repository(monkeypatch):
 
 def clip_text(projection=False, dim=16):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "nano/clip")
-    config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=dim, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=dim,
-                            max_position_embeddings=48, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=dim,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=dim,
+        max_position_embeddings=48,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config), tokenizer
 
 
 def t5(dim=32):
     from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
     tokenizer = T5TokenizerFast.from_pretrained(ROOT / "nano/flux/tokenizer_2")
-    return T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=dim, d_kv=8, d_ff=32, num_layers=1, num_heads=2)), tokenizer
+    return T5EncoderModel(
+        T5Config(vocab_size=len(tokenizer), d_model=dim, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    ), tokenizer
 
 
 def vae(latent_channels=4):
     from diffusers import AutoencoderKL
-    return AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, block_out_channels=(8, 8), layers_per_block=1,
-                         latent_channels=latent_channels, norm_num_groups=4, sample_size=16, mid_block_add_attention=False,
-                         use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.0, shift_factor=0.0)
+
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=4,
+        sample_size=16,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
 
 
 def flux():
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
     clip, clip_tokenizer = clip_text()
     encoder, tokenizer = t5()
-    transformer = FluxTransformer2DModel(patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-                                         joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 6, 6))
-    return FluxPipeline(FlowMatchEulerDiscreteScheduler(**FLOW), vae(), clip, clip_tokenizer, encoder, tokenizer, transformer)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(**FLOW), vae(), clip, clip_tokenizer, encoder, tokenizer, transformer
+    )
 
 
 def sd3():
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
     clip, clip_tokenizer = clip_text(True)
     clip2, clip_tokenizer2 = clip_text(True)
     encoder, tokenizer = t5()
-    transformer = SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
-                                        joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=32, out_channels=4, pos_embed_max_size=16)
-    return StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(**FLOW), vae(), clip, clip_tokenizer, clip2, clip_tokenizer2, encoder, tokenizer)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=32,
+        out_channels=4,
+        pos_embed_max_size=16,
+    )
+    return StableDiffusion3Pipeline(
+        transformer,
+        FlowMatchEulerDiscreteScheduler(**FLOW),
+        vae(),
+        clip,
+        clip_tokenizer,
+        clip2,
+        clip_tokenizer2,
+        encoder,
+        tokenizer,
+    )
 
 
 def zimage():
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
     from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
+
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "nano/refiner")
-    encoder = Qwen3Model(Qwen3Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                                     num_key_value_heads=1, head_dim=16, max_position_embeddings=512))
-    transformer = ZImageTransformer2DModel(all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2,
-                                           n_kv_heads=2, cap_feat_dim=32, axes_dims=[4, 6, 6], axes_lens=[256, 32, 32])
+    encoder = Qwen3Model(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            max_position_embeddings=512,
+        )
+    )
+    transformer = ZImageTransformer2DModel(
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=[4, 6, 6],
+        axes_lens=[256, 32, 32],
+    )
     return ZImagePipeline(FlowMatchEulerDiscreteScheduler(**FLOW), vae(), encoder, tokenizer, transformer)
 
 
 def qwen():
-    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
     from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "nano/refiner")
-    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-                         rope_parameters=dict(rope_type="default", mrope_section=[2, 3, 3], rope_theta=1e4)),
-        vision_config=dict(depth=1, hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=32)))
-    transformer = QwenImageTransformer2DModel(patch_size=2, in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2,
-                                              joint_attention_dim=32, axes_dims_rope=(4, 6, 6))
-    autoencoder = AutoencoderKLQwenImage(base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
-                                         latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    encoder = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config=dict(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                rope_parameters=dict(rope_type="default", mrope_section=[2, 3, 3], rope_theta=1e4),
+            ),
+            vision_config=dict(depth=1, hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=32),
+        )
+    )
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    )
+    autoencoder = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
     return QwenImagePipeline(FlowMatchEulerDiscreteScheduler(**FLOW), autoencoder, encoder, tokenizer, transformer)
 
 
 BUILDERS = {"flux": flux, "sd3": sd3, "zimage": zimage, "qwen": qwen}
-CALLS = {"flux": dict(guidance_scale=3.5, max_sequence_length=16), "sd3": dict(guidance_scale=4.5, max_sequence_length=16),
-         "zimage": dict(guidance_scale=4.0, max_sequence_length=64), "qwen": dict(true_cfg_scale=4.0, negative_prompt="blurry", max_sequence_length=64)}
+CALLS = {
+    "flux": dict(guidance_scale=3.5, max_sequence_length=16),
+    "sd3": dict(guidance_scale=4.5, max_sequence_length=16),
+    "zimage": dict(guidance_scale=4.0, max_sequence_length=64),
+    "qwen": dict(true_cfg_scale=4.0, negative_prompt="blurry", max_sequence_length=64),
+}
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -108,6 +226,7 @@ def checkpoints(tmp_path_factory):
             made[name] = tmp_path_factory.mktemp("tiny") / name
             pipe.save_pretrained(made[name])
         return str(made[name])
+
     return get
 
 
@@ -117,7 +236,17 @@ def tiny_generator(checkpoints):
     from generator import Generator, GeneratorConfig
 
     def make(name="flux", micro_batch=4, perturb=0.05, **changes):
-        values = dict(model=checkpoints(name), height=16, width=16, num_steps=5, call=CALLS[name], lora_targets=TARGETS, lora_rank=4, lora_alpha=8, window=2)
+        values = dict(
+            model=checkpoints(name),
+            height=16,
+            width=16,
+            num_steps=5,
+            call=CALLS[name],
+            lora_targets=TARGETS,
+            lora_rank=4,
+            lora_alpha=8,
+            window=2,
+        )
         gen = Generator(GeneratorConfig(**(values | changes)), micro_batch=micro_batch)
         gen.add_lora()
         g = torch.Generator().manual_seed(3)
@@ -126,4 +255,5 @@ def tiny_generator(checkpoints):
                 p.data = perturb * torch.randn(p.shape, generator=g)
                 gen.ema[n].copy_(p.data)
         return gen
+
     return make

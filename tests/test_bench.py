@@ -1,4 +1,5 @@
 """Laws of bench.py: intervals."""
+
 import numpy as np
 import torch
 
@@ -41,6 +42,10 @@ def test_kid_interval_covers_the_whole_and_its_difference():
 def test_table_shows_every_metric_and_difference():
     """Means with intervals, signed differences, a blank where a metric does not apply."""
     v = {"mean": 0.5, "low": 0.4, "high": 0.6}
-    lines = bench.table({"base": {"a": v, "kid": v}, "photographs": {"a": v}}, {"base": {"a": v}, "both": {"a": v, "kid": v}})
-    assert lines[0] == "| contestant | a | kid |" and lines[2] == "| base | 0.500 [0.400, 0.600] | 0.500 [0.400, 0.600] |"
+    lines = bench.table(
+        {"base": {"a": v, "kid": v}, "photographs": {"a": v}}, {"base": {"a": v}, "both": {"a": v, "kid": v}}
+    )
+    assert (
+        lines[0] == "| contestant | a | kid |" and lines[2] == "| base | 0.500 [0.400, 0.600] | 0.500 [0.400, 0.600] |"
+    )
     assert lines[3].endswith("|  |") and lines[4].startswith("| both - base | +0.500 [+0.400, +0.600]")

@@ -1,4 +1,5 @@
 """Laws of generator.py: the SDE steps, record and replay, noise, window, LoRA."""
+
 import inspect
 import math
 
@@ -20,15 +21,16 @@ def randomly(*shape, seed=0):
 
 # ---------------------------------------------------------------- steps
 
+
 @pytest.mark.parametrize("t,s", [(1.0, 0.9), (0.95, 0.8), (0.4, 0.25)])
 def test_cps_keeps_its_coefficients(t, s):
     """With an oracle velocity, cps turns (1-t) x0 + t eps into (1-s) x0 plus noise of standard deviation exactly s."""
     x0, eps = randomly(4, 1000), randomly(4, 1000, seed=1)
     c_x, c_v, std = G.sde_coefficients("cps", t, s, 0.7, 0.96)
     mean = c_x * ((1 - t) * x0 + t * eps) + c_v * (eps - x0)
-    kept = math.sqrt(s ** 2 - (s * math.sin(0.7 * math.pi / 2)) ** 2)
+    kept = math.sqrt(s**2 - (s * math.sin(0.7 * math.pi / 2)) ** 2)
     torch.testing.assert_close(mean, (1 - s) * x0 + kept * eps)
-    assert kept ** 2 + std ** 2 == pytest.approx(s ** 2)
+    assert kept**2 + std**2 == pytest.approx(s**2)
 
 
 @pytest.mark.parametrize("t,s", [(0.95, 0.8), (0.4, 0.25)])
@@ -36,7 +38,7 @@ def test_flow_step_is_euler_maruyama_of_the_sde(t, s):
     """dx = [v + g^2/2t (x + (1-t) v)] dt + g dw, run backwards in time by h: derived here from the score, not from the code."""
     a, h = 0.9, t - s
     x, v = randomly(4, 7), randomly(4, 7, seed=1)
-    g2 = a ** 2 * t / (1 - t)
+    g2 = a**2 * t / (1 - t)
     score = -(x + (1 - t) * v) / t  # -eps / t
     c_x, c_v, std = G.sde_coefficients("flow", t, s, a, 0.99)
     torch.testing.assert_close(c_x * x + c_v * v, x - h * (v - g2 / 2 * score))
@@ -72,10 +74,13 @@ def test_guard_ratio_is_its_definition_for_each_sample():
     std, c_v = 0.6, -0.08
     ratio = G.guard_log_ratio(x, mean, old, std, c_v)
     for b in range(3):
-        terms = [(xi - oi) / std * (mi - oi) / abs(c_v) for xi, mi, oi in zip(x[b].flatten(), mean[b].flatten(), old[b].flatten())]
+        terms = [
+            (xi - oi) / std * (mi - oi) / abs(c_v)
+            for xi, mi, oi in zip(x[b].flatten(), mean[b].flatten(), old[b].flatten())
+        ]
         assert ratio[b].item() == pytest.approx((sum(terms) / len(terms)).item())
     plain = G.gaussian_log_prob(x, mean, std) - G.gaussian_log_prob(x, old, std)
-    bias = ((mean - old) ** 2).flatten(1).mean(1) / (2 * std ** 2)
+    bias = ((mean - old) ** 2).flatten(1).mean(1) / (2 * std**2)
     torch.testing.assert_close(ratio * abs(c_v) / std, plain + bias)
 
 
@@ -87,6 +92,7 @@ def test_window_is_early_and_never_the_last_step():
 
 
 # ---------------------------------------------------------------- record and replay
+
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_replay_repeats_the_recorded_log_probs_exactly(tiny_generator, name):
@@ -117,6 +123,7 @@ def test_recorded_steps_follow_from_the_velocity(tiny_generator, name, sde):
     def spy(self, v, t, x, **kw):
         seen.append((v.detach().clone(), x.detach().clone()))
         return step(self, v, t, x, **kw)
+
     gen.scheduler.step = spy.__get__(gen.scheduler)
     _, trajectory = gen.rollout(PROMPTS[:4], KEYS[:4], range(0, 2))
     grid = gen.scheduler.grid
@@ -136,18 +143,29 @@ def test_a_rollout_without_window_is_the_stock_pipeline(checkpoints, tiny_genera
     stock = DiffusionPipeline.from_pretrained(checkpoints("flux"))
     stock.set_progress_bar_config(disable=True)
     latents = G.normal([np.random.default_rng(k) for k in keys], gen.latent_shape)
-    want = stock(["a cat", "a dog"], latents=latents, height=16, width=16, num_inference_steps=5, output_type="pt", **gen.cfg.call).images
+    want = stock(
+        ["a cat", "a dog"],
+        latents=latents,
+        height=16,
+        width=16,
+        num_inference_steps=5,
+        output_type="pt",
+        **gen.cfg.call,
+    ).images
     torch.testing.assert_close(images, want)
 
 
 def test_the_pipeline_is_stock(tiny_generator):
     """Only the scheduler differs: no method of the pipeline or of the transformer is replaced."""
     gen = tiny_generator()
-    assert type(gen.pipe).__module__.startswith("diffusers.") and type(gen.transformer).__module__.startswith("diffusers.")
+    assert type(gen.pipe).__module__.startswith("diffusers.") and type(gen.transformer).__module__.startswith(
+        "diffusers."
+    )
     assert not [n for n, v in vars(gen.pipe).items() if inspect.isfunction(v) or inspect.ismethod(v)]
 
 
 # ---------------------------------------------------------------- noise
+
 
 def test_noise_is_distinct_and_independent_of_the_split(tiny_generator):
     """Every sample has its own noise, in x_T and in each step; splitting the batch in other ways changes nothing that is drawn."""
@@ -181,6 +199,7 @@ def test_share_noise_shares_the_start_of_a_group_alone(tiny_generator):
 
 
 # ---------------------------------------------------------------- LoRA
+
 
 def test_lora_file_reproduces_the_samples_in_a_fresh_stock_pipeline(checkpoints, tiny_generator, tmp_path):
     """pipe.load_lora_weights(folder) and nothing else: alpha travels in the file."""
@@ -233,6 +252,7 @@ def test_ema_never_aliases_the_live_weights(tiny_generator):
 
 
 # ---------------------------------------------------------------- bad input
+
 
 def test_what_cannot_be_trained_is_refused_with_its_reason(checkpoints, tmp_path):
     """Another scheduler, a folder that is no pipeline, an argument that the call does not take."""

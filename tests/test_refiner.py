@@ -1,4 +1,5 @@
 """Laws of refiner.py: reading answers, rollouts, token losses, LoRA files."""
+
 import math
 
 import pytest
@@ -16,12 +17,19 @@ def refiner():
     return r
 
 
-@pytest.mark.parametrize("text,answer", [
-    ("<answer>a cat,\n raw  photo</answer>", "a cat, raw photo"),
-    ("<think>maybe <answer>no</answer></think>\n<answer>yes</answer>", "yes"),
-    ("<answer>one</answer> or <answer>two</answer>", "two"),
-    ("no tags at all", None), ("<answer></answer>", None), ("<answer>  \n</answer>", None), ("<answer>cut off", None), ("", None),
-])
+@pytest.mark.parametrize(
+    "text,answer",
+    [
+        ("<answer>a cat,\n raw  photo</answer>", "a cat, raw photo"),
+        ("<think>maybe <answer>no</answer></think>\n<answer>yes</answer>", "yes"),
+        ("<answer>one</answer> or <answer>two</answer>", "two"),
+        ("no tags at all", None),
+        ("<answer></answer>", None),
+        ("<answer>  \n</answer>", None),
+        ("<answer>cut off", None),
+        ("", None),
+    ],
+)
 def test_read_answer(text, answer):
     """The last closed answer after the thinking; None where there is nothing to draw."""
     assert L.read_answer(text) == answer
@@ -29,10 +37,17 @@ def test_read_answer(text, answer):
 
 def test_cue_share():
     """Counted per text, without regard to case."""
-    assert L.cue_share(["a cat, Raw Photo", "a dog, film grain, raw photo", "a cow", "img_1.cr2"], ["raw photo", "film grain", "IMG_"]) == 0.75
+    assert (
+        L.cue_share(
+            ["a cat, Raw Photo", "a dog, film grain, raw photo", "a cow", "img_1.cr2"],
+            ["raw photo", "film grain", "IMG_"],
+        )
+        == 0.75
+    )
 
 
 # ---------------------------------------------------------------- rollout
+
 
 def test_ratio_is_one_on_the_first_pass(refiner):
     """Log-probs of the rollout are those that training computes, for every token."""
@@ -51,7 +66,7 @@ def test_log_probs_are_those_of_the_sampled_tokens_without_padding(refiner):
     alone = ids[keep][None]
     logits = refiner.model(input_ids=alone).logits[0].double() / refiner.cfg.temperature
     length = int(rewrites.mask[row].sum())
-    want = logits.log_softmax(-1)[-length - 1:-1].gather(1, alone[0, -length:, None])[:, 0]
+    want = logits.log_softmax(-1)[-length - 1 : -1].gather(1, alone[0, -length:, None])[:, 0]
     got = rewrites.old_log_probs[row][rewrites.mask[row] > 0]
     torch.testing.assert_close(got.double(), want.detach(), rtol=1e-4, atol=1e-4)
 
@@ -68,7 +83,7 @@ def test_mask_ends_with_the_first_end_token(refiner):
     """Nothing after the end token counts, the end token itself does."""
     rewrites = refiner.rollout(PROMPTS, 4, seed=3)
     eos = refiner.tokenizer.eos_token_id
-    completion = rewrites.ids[:, -rewrites.mask.shape[1]:]
+    completion = rewrites.ids[:, -rewrites.mask.shape[1] :]
     for tokens, mask in zip(completion.tolist(), rewrites.mask.tolist()):
         length = tokens.index(eos) + 1 if eos in tokens else len(tokens)
         assert mask == [1.0] * length + [0.0] * (len(tokens) - length)
@@ -122,10 +137,13 @@ def test_token_losses_do_not_depend_on_the_micro_batch(kind):
         new.grad = None
         total = 0.0
         for rows in splits:
-            loss, _ = L.token_loss(new[rows], torch.zeros(len(rows), 5), advantage[rows], mask[rows], cfg, 6, mask.sum().item())
+            loss, _ = L.token_loss(
+                new[rows], torch.zeros(len(rows), 5), advantage[rows], mask[rows], cfg, 6, mask.sum().item()
+            )
             loss.backward()
             total += loss.item()
         return total, new.grad.clone()
+
     whole, gradient = run([list(range(6))])
     for splits in ([[0, 1, 2, 3], [4, 5]], [[i] for i in range(6)]):
         part, other = run(splits)
@@ -152,10 +170,12 @@ def test_temperature_divides_logits():
 
 # ---------------------------------------------------------------- LoRA and bad input
 
+
 def test_adapter_file_reproduces_the_logits_in_a_fresh_model(tmp_path):
     """AutoModelForCausalLM + PeftModel, nothing of ours, gives the trained logits."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
+
     r = L.Refiner(L.RefinerConfig())
     r.add_lora()
     g = torch.Generator().manual_seed(1)

@@ -1,4 +1,5 @@
 """Laws of reward.py: one signature, labels by name, standardisation, KID, bad rewards."""
+
 import json
 
 import numpy as np
@@ -21,17 +22,29 @@ def detector(tmp_path_factory):
     def make(labels):
         torch.manual_seed(0)
         folder = tmp_path_factory.mktemp("detector")
-        model = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic",
-                                                          id2label=dict(enumerate(labels)), label2id={n: i for i, n in enumerate(labels)}))
+        model = ResNetForImageClassification(
+            ResNetConfig(
+                embedding_size=8,
+                hidden_sizes=[8, 16],
+                depths=[1, 1],
+                layer_type="basic",
+                id2label=dict(enumerate(labels)),
+                label2id={n: i for i, n in enumerate(labels)},
+            )
+        )
         model.eval().save_pretrained(folder)
-        ViTImageProcessorPil(size=dict(height=32, width=32), image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4]).save_pretrained(folder)
+        ViTImageProcessorPil(
+            size=dict(height=32, width=32), image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4]
+        ).save_pretrained(folder)
         return str(folder)
+
     return make
 
 
 def test_classifier_is_p_real_of_the_stock_model(detector):
     """The same as a processor's own normalisation and a softmax by hand; labels are found by name, in any place."""
     from transformers import AutoModelForImageClassification
+
     first, second = detector(["Real", "fake"]), detector(["fake", "photo"])
     images = pictures(3, 32)
     mean, std = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
@@ -55,7 +68,9 @@ def test_clip_is_the_cosine_of_the_stock_model():
     value = reward(photos[:8], captions[:8])
     tokens = reward.tokenizer(captions[:8], padding=True, return_tensors="pt")
     out = reward.model(pixel_values=reward.preprocess(photos[:8]), **tokens)
-    torch.testing.assert_close(value, out.logits_per_image.diag() / reward.model.logit_scale.exp(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        value, out.logits_per_image.diag() / reward.model.logit_scale.exp(), rtol=1e-4, atol=1e-5
+    )
     matched, shuffled = reward(photos, captions).mean(), reward(photos, captions[1:] + captions[:1]).mean()
     assert matched > shuffled + 0.2
 
@@ -64,8 +79,14 @@ def test_every_nano_detector_tells_photographs_from_noise():
     """All five, on held-out photographs as the autoencoder gives them back, against the same with noise."""
     import yaml
     from diffusers import AutoencoderKL
+
     groups = yaml.safe_load(open("config.yaml"))["rewards"]
-    configs = {n: R.RewardConfig(**r) for g in ("train", "validation", "heldout") for n, r in groups[g].items() if r["kind"] == "classifier"}
+    configs = {
+        n: R.RewardConfig(**r)
+        for g in ("train", "validation", "heldout")
+        for n, r in groups[g].items()
+        if r["kind"] == "classifier"
+    }
     assert len(configs) == 5
     photos, captions = R.read_photos("nano/photos/test.jsonl", (64, 64))
     vae = AutoencoderKL.from_pretrained("nano/flux/vae", torch_dtype=torch.float32)
@@ -74,10 +95,14 @@ def test_every_nano_detector_tells_photographs_from_noise():
     spoiled = (real + 0.15 * torch.randn(real.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
     rewards = R.load_rewards(configs)
     for name, value in R.score(rewards, real, captions[:64]).items():
-        assert value.mean() > 0.6 and R.score({name: rewards[name]}, spoiled, captions[:64])[name].mean() < value.mean() - 0.3, name
+        assert (
+            value.mean() > 0.6
+            and R.score({name: rewards[name]}, spoiled, captions[:64])[name].mean() < value.mean() - 0.3
+        ), name
 
 
 # ---------------------------------------------------------------- maths
+
 
 def test_standardise_is_per_group():
     """Mean 0 and population std 1 in every group, whatever the scale; a group of equal rewards gives 0, rounding included."""
@@ -111,34 +136,45 @@ def test_kid_against_a_double_loop():
 
 # ---------------------------------------------------------------- the user's own reward, and bad ones
 
+
 def test_user_reward_needs_no_fork(tmp_path):
     """file.py:function is the reward; with args the name is a factory, called once."""
     file = tmp_path / "mine.py"
-    file.write_text("def brightness(images, prompts):\n    return images.mean((1, 2, 3))\n\n"
-                    "def scaled(by):\n    return lambda images, prompts: by * images.mean((1, 2, 3))\n")
-    rewards = R.load_rewards({"a": R.RewardConfig(kind=f"{file}:brightness"), "b": R.RewardConfig(kind=f"{file}:scaled", args={"by": 2.0})})
+    file.write_text(
+        "def brightness(images, prompts):\n    return images.mean((1, 2, 3))\n\n"
+        "def scaled(by):\n    return lambda images, prompts: by * images.mean((1, 2, 3))\n"
+    )
+    rewards = R.load_rewards(
+        {"a": R.RewardConfig(kind=f"{file}:brightness"), "b": R.RewardConfig(kind=f"{file}:scaled", args={"by": 2.0})}
+    )
     scores = R.score(rewards, pictures(), ["x"] * 4, micro_batch=3)
     torch.testing.assert_close(scores["a"], pictures().mean((1, 2, 3)))
     torch.testing.assert_close(scores["b"], 2 * scores["a"])
 
 
-@pytest.mark.parametrize("function,message", [
-    (lambda i, p: i.mean(), r"bad returned shape \(\) for 4 pictures; expected \(4,\)"),
-    (lambda i, p: i.mean((1, 2)), r"bad returned shape \(4, 64\)"),
-    (lambda i, p: torch.tensor([0.0, float("nan"), 0.0, 0.0]), "bad returned a value that is not finite for 'b'"),
-    (lambda i, p: torch.full((4,), float("inf")), "not finite"),
-])
+@pytest.mark.parametrize(
+    "function,message",
+    [
+        (lambda i, p: i.mean(), r"bad returned shape \(\) for 4 pictures; expected \(4,\)"),
+        (lambda i, p: i.mean((1, 2)), r"bad returned shape \(4, 64\)"),
+        (lambda i, p: torch.tensor([0.0, float("nan"), 0.0, 0.0]), "bad returned a value that is not finite for 'b'"),
+        (lambda i, p: torch.full((4,), float("inf")), "not finite"),
+    ],
+)
 def test_a_bad_reward_is_named(function, message):
     """A wrong shape, NaN and infinity stop the run with the reward's name."""
     with pytest.raises(ValueError, match=message):
         R.score({"bad": function}, pictures(), ["a", "b", "c", "d"])
 
 
-@pytest.mark.parametrize("config,message", [
-    (dict(kind="nonsense"), "kind 'nonsense' is none of classifier, clip"),
-    (dict(kind="no/such.py:f"), "no/such.py is not a file"),
-    (dict(kind="classifier", model="tests"), "tests has no config.json"),
-])
+@pytest.mark.parametrize(
+    "config,message",
+    [
+        (dict(kind="nonsense"), "kind 'nonsense'; expected classifier, clip or path"),
+        (dict(kind="no/such.py:f"), "kind 'no/such.py:f'; expected"),
+        (dict(kind="classifier", model="tests"), "tests has no config.json"),
+    ],
+)
 def test_a_bad_reward_config_is_named(config, message):
     """Each with its value and what was expected."""
     with pytest.raises(ValueError, match=message):
