@@ -1004,7 +1004,7 @@ def train_detector(args, name, model, photographs, fake_split):
     """Half of a batch photographs, half fakes: generated, retouched, spoiled, and with shaken latents. Soft labels 0.95/0.05."""
     from transformers import ViTImageProcessorPil
 
-    g, steps, half = torch.Generator().manual_seed(5), args.steps or 900, 32
+    g, steps, half = torch.Generator().manual_seed(5), args.steps or 700, 32
     real, glossy, shaken = material(args.work, photographs)
     drawn = to_float(np.load(args.work / "fakes.npz")[fake_split])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.05)
