@@ -422,7 +422,7 @@ def load_pipeline(cfg, dtype):
             f"generator.model: {cfg.model} has no model_index.json; expected a diffusers pipeline saved with save_pretrained"
         )
     try:
-        pipe = DiffusionPipeline.from_pretrained(cfg.model, torch_dtype=dtype)
+        pipe = DiffusionPipeline.from_pretrained(cfg.model, dtype=dtype)
     except OSError as error:
         raise ValueError(
             f"generator.model: {cfg.model} cannot be loaded ({str(error).splitlines()[0]}); give a folder or a repository of the Hub"

@@ -29,8 +29,10 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 import yaml
 from einops import rearrange
 from PIL import Image
@@ -623,9 +625,6 @@ def line(row):
 
 
 def describe(cfg, run):
-    import diffusers
-    import transformers
-
     print(
         f"python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__}; "
         f"device {run.device}, {torch.get_num_threads()} threads, {cfg.dtype}"
@@ -643,6 +642,9 @@ def describe(cfg, run):
 
 def cli(main):
     """Run a main; bad input is one line on stderr and exit code 2. `python -X dev` shows the traceback."""
+    for library in (diffusers, transformers):  # one progress bar, ours
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     try:
         main()
     except (ValueError, OSError) as error:

@@ -693,7 +693,7 @@ def generator_stage(args):
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
 
-    vae = AutoencoderKL.from_pretrained(ROOT / "flux/vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(ROOT / "flux/vae", dtype=torch.float32)
     whole_clip = CLIPModel.from_pretrained(ROOT / "clip", dtype=torch.float32)
     clip_text = CLIPTextModel(whole_clip.config.text_config)
     clip_text.load_state_dict(
@@ -841,7 +841,7 @@ def fakes_stage(args):
 
     rng, out, g = random.Random(4), {"train": [], "judge": []}, torch.Generator().manual_seed(2)
     subjects = [s for _, s, *_ in SUBJECTS.values()]
-    bar = tqdm(total=3 * 2 * 10, desc="fakes")
+    bar = tqdm(total=40, desc="fakes")
     for snapshot in (2, 3, 4):
         pipe = FluxPipeline.from_pretrained(args.work / f"flux_{snapshot}")
         euler = pipe.scheduler
@@ -983,7 +983,7 @@ def material(work, split):
     from diffusers import AutoencoderKL
 
     vae, g = (
-        AutoencoderKL.from_pretrained(ROOT / "flux/vae", torch_dtype=torch.float32),
+        AutoencoderKL.from_pretrained(ROOT / "flux/vae", dtype=torch.float32),
         torch.Generator().manual_seed(5),
     )
     originals = to_float(load_crops(work, split)[0])

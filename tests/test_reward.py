@@ -89,7 +89,7 @@ def test_every_nano_detector_tells_photographs_from_noise():
     }
     assert len(configs) == 5
     photos, captions = R.read_photos("nano/photos/test.jsonl", (64, 64))
-    vae = AutoencoderKL.from_pretrained("nano/flux/vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained("nano/flux/vae", dtype=torch.float32)
     with torch.no_grad():
         real = (vae.decode(vae.encode(photos[:64] * 2 - 1).latent_dist.mode()).sample / 2 + 0.5).clamp(0, 1)
     spoiled = (real + 0.15 * torch.randn(real.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
