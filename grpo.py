@@ -93,6 +93,7 @@ class Config:
     max_grad_norm: float = 1.0
     eval_every: int = 4
     eval_images: int = 4
+    keep_within: dict[str, float] = field(default_factory=dict)
     generator: G.GeneratorConfig = field(default_factory=G.GeneratorConfig)
     refiner: L.RefinerConfig | None = field(default_factory=L.RefinerConfig)
     rewards: R.RewardsConfig = field(default_factory=R.RewardsConfig)
@@ -103,6 +104,9 @@ class Config:
             raise ValueError("rewards.train: empty; expected at least one reward to optimise")
         if not self.stages:
             raise ValueError("stages: empty; expected at least one stage")
+        for name in self.keep_within:
+            if name not in self.rewards.train:
+                raise ValueError(f"keep_within.{name}: no training reward; expected {', '.join(self.rewards.train)}")
         if self.generator.sde == "ode" and any(s.train != "refiner" for s in self.stages):
             raise ValueError(
                 "generator.sde: ode explores nothing, so nothing can be learnt from it; expected cps or flow to train the generator"
@@ -293,7 +297,9 @@ class Run:
         prompts = self.next_prompts(iteration, P)
         owners = [p for p in prompts for _ in range(N * M)]  # the user's words behind each picture
         window = () if stage.train == "refiner" else G.draw_window(cfg.generator.num_steps, cfg.generator.window, rng)
-        keys = [(cfg.seed, iteration, p, n * M + m) for p in range(P) for n in range(N) for m in range(M)]
+        # rewrites are compared on the same noise (common random numbers); where pictures are trained, each has its own
+        own = 0 if stage.train == "refiner" else M
+        keys = [(cfg.seed, iteration, p, n * own + m) for p in range(P) for n in range(N) for m in range(M)]
         with self.phase("rewrite"):
             texts, rewrites = self.rewrite(prompts, stage, seed=int(rng.integers(2**63)))  # (P*N)
         with self.phase("draw"):  # (P*N*M, 3, H, W)
@@ -487,41 +493,32 @@ def save_before_after(before, after, path, columns=12):
 
 
 def save_curves(rows, path):
+    """Trained rewards, validation and, where there is one, the refiner, over steps; dotted lines part the stages"""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2))
-    steps = [r["step"] for r in rows]
-    trained = [r for r in rows if "rewards" in r]
-    for name in trained[0]["rewards"] if trained else []:
-        left.plot([r["step"] for r in trained], [r["rewards"][name] for r in trained], label=name)
-    left.set_title("trained rewards, on the pictures of each step")
-    evaluated = [r for r in rows if "validation" in r]
-    for name in evaluated[0]["validation"]:
-        if not name.startswith("train_"):
-            middle.plot([r["step"] for r in evaluated], [r["validation"][name] for r in evaluated], "o-", label=name)
-    middle.set_title("validation prompts: held back from training")
-    told = [r for r in rows if "refiner" in r]
-    if told:
-        right.plot(
-            [r["step"] for r in told],
-            [r["refiner"]["cue_share"] for r in told],
-            label="rewrites with photographic cues",
-        )
-        right.plot(
-            [r["step"] for r in told], [r["refiner"]["bad_format"] for r in told], label="rewrites without an answer"
-        )
-    right.set_title("refiner")
-    bounds = [r["step"] for a, r in zip(rows, rows[1:]) if a["stage"] != r["stage"]]
-    for axis in (left, middle, right):
-        for b in bounds:
-            axis.axvline(b - 0.5, color="gray", lw=0.8, ls=":")
-        axis.set_xlabel("step")
-        axis.set_xlim(min(steps) - 0.5, max(steps) + 0.5)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False)
+    def series(kind, names=None):  # {name: (steps, values)} of one kind of metric
+        found = [r for r in rows if kind in r]
+        names = names or [n for n in (found[0][kind] if found else []) if not n.startswith("train_")]
+        return {n: ([r["step"] for r in found], [r[kind][n] for r in found]) for n in names if found}
+
+    panels = {
+        "trained rewards, on each step's pictures": series("rewards"),
+        "validation prompts, held back from training": series("validation"),
+        "refiner": series("refiner", ["cue_share", "bad_format"]),
+    }
+    panels = {title: lines for title, lines in panels.items() if lines}
+    bounds = [r["step"] - 0.5 for before, r in zip(rows, rows[1:]) if before["stage"] != r["stage"]]
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4.2))
+    for axis, (title, lines) in zip(np.atleast_1d(axes), panels.items()):
+        for name, (steps, values) in lines.items():
+            axis.plot(steps, values, "o-", ms=3, label=name)
+        for bound in bounds:
+            axis.axvline(bound, color="gray", lw=0.8, ls=":")
+        axis.set(title=title, xlabel="step", xlim=(-0.5, rows[-1]["step"] + 0.5))
+        axis.legend(frameon=False)
         axis.grid(alpha=0.2)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
@@ -557,9 +554,11 @@ def train_stage(run, log, number, stage, iteration):
             row["validation"], images = run.evaluate(stage)
             row["seconds"] = dict(run.seconds)
             save_grid(images[:96], log.out / "samples" / f"{iteration:05d}_{stage.train}.png", 16)
-            score = row["validation"]["score"]
-            first = images if first is None else first
-            if best is None or score > best[0]:
+            look, score = row["validation"], row["validation"]["score"]
+            first = first or (look, images)
+            limits = run.cfg.keep_within.items()
+            within = all(look[f"train_{n}"] >= first[0][f"train_{n}"] - fall for n, fall in limits)
+            if best is None or within and score > best[0]:
                 best = score, iteration, [t.detach().clone() for t in run.weights_of(stage)], images
         if step < stage.steps:
             looked = row["seconds"]
@@ -574,7 +573,7 @@ def train_stage(run, log, number, stage, iteration):
     log.bar.write(f"stage {number} ({stage.train}) keeps the weights of step {kept}: validation score {score:.3f}")
     every = run.cfg.eval_images
     name = f"before_after_{number}_{stage.train}.png"
-    save_before_after(first[::every], images[::every], log.out / "samples" / name)
+    save_before_after(first[1][::every], images[::every], log.out / "samples" / name)
     save_curves(log.rows, log.out / "curves.png")
     return iteration
 

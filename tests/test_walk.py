@@ -113,6 +113,19 @@ def test_images_per_step_are_prompt_major(config, monkeypatch):
     assert len(set(seen["keys"])) == 12
 
 
+def test_rewrites_are_compared_on_the_same_noise(config, monkeypatch):
+    """In a refiner stage image m of every rewrite of a prompt starts from the same noise; other prompts and other m have their own."""
+    cfg = config(stage="train: refiner, steps: 1, prompts: 2, rewrites: 3, images: 2, keep_original: false")
+    run = grpo.Run(cfg)
+    seen = []
+    rollout = run.generator.rollout
+    monkeypatch.setattr(
+        run.generator, "rollout", lambda texts, keys, window: seen.extend(keys) or rollout(texts, keys, window)
+    )
+    run.step(cfg.stages[0], 0)
+    assert seen[0:2] == seen[2:4] == seen[4:6] and len(set(seen)) == 4
+
+
 def test_every_prompt_once_an_epoch(config, monkeypatch, tmp_path):
     """Steps go through a fresh permutation each epoch, across its border too."""
     (tmp_path / "p.txt").write_text("\n".join(f"prompt {i}" for i in range(5)))
