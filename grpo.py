@@ -24,6 +24,7 @@ import resource
 import sys
 import time
 import types
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -641,6 +642,7 @@ def describe(cfg, run):
 
 def cli(main):
     """Run a main; bad input is one line on stderr and exit code 2. `python -X dev` shows the traceback."""
+    warnings.simplefilter("ignore", FutureWarning)  # the libraries' notes to each other
     for library in (diffusers, transformers):  # one progress bar, ours
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
