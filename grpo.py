@@ -476,6 +476,7 @@ class Run:
 
 def save_grid(images, path, columns, scale=2):
     """images (B,3,H,W) in [0,1] -> PNG, row by row; an incomplete last row is left out"""
+    columns = min(columns, len(images))
     images = images[: len(images) // columns * columns]
     grid = rearrange(images, "(row column) c h w -> (row h) (column w) c", column=columns)
     picture = Image.fromarray((grid * 255).round().byte().cpu().numpy())
@@ -484,7 +485,7 @@ def save_grid(images, path, columns, scale=2):
 
 def save_before_after(before, after, path, columns=12):
     """Rows in turn: before, after, before, after; the same prompts and noise above each other"""
-    columns = min(columns, len(before))
+    columns = min(columns, len(before))  # rows of the two must alternate
     pairs = [
         x[i : i + columns]
         for i in range(0, min(len(before), 3 * columns) - columns + 1, columns)

@@ -121,7 +121,7 @@ def test_overrides_and_profiles(tmp_path):
         ([], "expected a config file"),
         (["config.yaml", "generator.num_step=4"], "did you mean generator.num_steps?"),
         (["config.yaml", "prompts=no.txt"], "no.txt is not a file"),
-        (["config.yaml", "prompts=/dev/null"], "/dev/null has no prompt with text in it"),
+        (["config.yaml", "prompts=TMP/blank.txt"], "blank.txt has no prompt with text in it"),
         (["config.yaml", "out=tests"], "tests is in use and is never overwritten; choose another with out=NAME"),
         (["config.yaml", "generator.model=tests"], "tests has no model_index.json"),
         (["config.yaml", "refiner.model=tests"], "tests has no config.json"),
@@ -130,6 +130,8 @@ def test_overrides_and_profiles(tmp_path):
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, words, message):
     """As the user sees it: no traceback, nothing on stdout, exit code 2."""
+    (tmp_path / "blank.txt").write_text("\n   \n")
+    words = [w.replace("TMP", str(tmp_path)) for w in words]
     words = words + [f"out={tmp_path / 'run'}"] if len(words) > 1 and not words[1].startswith("out=") else words
     done = subprocess.run([sys.executable, "grpo.py", *words], capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

@@ -162,23 +162,27 @@ def test_gradient_does_not_depend_on_the_micro_batch(config):
 
 @pytest.mark.parametrize("ratio", ["guard", "ppo"])
 def test_a_toy_reward_rises(config, ratio):
-    """Thirty generator steps on brightness alone: brighter pictures on prompts and noise it never trained on."""
+    """Twelve generator steps on brightness alone: brighter pictures on prompts and noise it never trained on.
+
+    The random autoencoder hardly lets brightness vary, so the gain is measured by the spread of the pictures and by its own error.
+    """
     cfg = config(
         "rewards.train.smooth=null",
-        "generator.lr=5e-3",
+        "generator.lr=2e-2",
         "generator.beta=0",
         "generator.ema=0.5",
         "generator.clip_range=0.1",
+        "micro_batch=32",
         f"generator.ratio={ratio}",
-        stage="train: generator, steps: 30, prompts: 4, rewrites: 1, images: 8, keep_original: true",
+        stage="train: generator, steps: 12, prompts: 4, rewrites: 1, images: 8, keep_original: true",
     )
     run = grpo.Run(cfg)
     look = lambda: run.draw(["a tree", "a stone bridge", "a house", "a boat"], 8, 77, False)[0].mean((1, 2, 3))
     before = look()
-    for i in range(30):
+    for i in range(12):
         run.step(cfg.stages[0], i)
     gain = look() - before
-    assert gain.mean() > 0.01 and gain.mean() > 3 * gain.std() / len(gain) ** 0.5
+    assert gain.mean() > 0.05 * before.std() and gain.mean() > 4 * gain.std() / len(gain) ** 0.5
 
 
 def test_a_toy_reward_rises_for_the_refiner(config, tmp_path):
