@@ -1,7 +1,7 @@
 """Make everything in nano/: photographs, a FLUX, a chat LLM, a CLIP and five detectors, all small enough for a laptop CPU.
 
     pip install -r requirements.txt -r nano/requirements.txt
-    python nano/prepare.py --photos FOLDER                 every stage in order, about 75 minutes on two cores
+    python nano/prepare.py --photos FOLDER                 every stage in order, over an hour on two cores
     python nano/prepare.py --photos FOLDER detectors       one stage again; stages hand each other files in --work
 
 `FOLDER` holds the pictures of Debian's lomiri-wallpapers-16.04 and -20.04, `dpkg -x`-ed; the others come from
