@@ -17,6 +17,7 @@ a is `noise_level`. Log-probs are *means* over latent dimensions (nats per dimen
 
 import inspect
 import math
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,12 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # not on Linux: torch does the same work
+    triton = None
 
 
 @dataclass
@@ -83,9 +90,10 @@ class Trajectory:
     embeds: dict  # what the pipeline's call takes instead of prompts, a row per *distinct* prompt
     embed_rows: list  # (B,) row of `embeds` of each sample
     index: list = field(default_factory=list)  # place in the full time grid
+    coefficients: list = field(default_factory=list)  # (c_x, c_v, std)
     x: list = field(default_factory=list)  # (B, ...) latents before the step, as the pipeline keeps them
     x_next: list = field(default_factory=list)  # (B, ...) latents after it
-    mean: list = field(default_factory=list)  # (B, ...) f32
+    v: list = field(default_factory=list)  # (B, ...) the velocity that drew it
     log_prob: list = field(default_factory=list)  # (B,) f32
 
 
@@ -145,37 +153,29 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
     window = ()  # record: indices that are stochastic
     noise = None  # record: shape -> standard normal, per-sample seeds
     trajectory = None  # record: where the steps go
-    only = None  # replay: (index, x_next)
-    result = None  # replay: (log_prob, mean, std, c_v)
+    only = None  # replay: the index of the one step
+    velocity = None  # replay: what the pipeline predicted there
 
     # the names of the parameters matter: diffusers reads this signature to see whether sigmas and mu are allowed
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         self.grid = self.sigmas.tolist()
         if self.only is not None:
-            i = self.only[0]
-            self.timesteps, self.sigmas = self.timesteps[i : i + 1], self.sigmas[i : i + 2]
+            self.timesteps, self.sigmas = self.timesteps[self.only :][:1], self.sigmas[self.only :][:2]
 
     def step(self, model_output, timestep, sample, return_dict=True, **_):
+        if self.only is not None:
+            self.velocity = model_output
+            return (sample,) if not return_dict else {"prev_sample": sample}
         if self.step_index is None:
             self._init_step_index(timestep)
-        i = self.step_index + (self.only[0] if self.only is not None else 0)
-        self._step_index += 1
-        stochastic = self.only is not None or i in self.window
-        c_x, c_v, std = sde_coefficients(
-            self.sde if stochastic else "ode", self.grid[i], self.grid[i + 1], self.noise_level, self.grid[1]
-        )
-        mean = c_x * sample.float() + c_v * model_output.float()  # (B, ...)
-        if self.only is not None:
-            x_next = self.only[1]
-            self.result = gaussian_log_prob(x_next.float(), mean, std), mean, std, c_v
-        elif stochastic:
-            # stored as the pipeline keeps it: a cast after the log-prob moves the ratio further than the clip range
-            x_next = (mean + std * self.noise(mean.shape).to(mean.device)).to(sample.dtype)
-            log_prob = gaussian_log_prob(x_next.float(), mean, std)
-            self.trajectory.append((i, sample, x_next, mean, log_prob))
-        else:
-            x_next = mean.to(sample.dtype)
+        i, self._step_index = self._step_index, self._step_index + 1
+        sde = self.sde if i in self.window else "ode"
+        coefficients = sde_coefficients(sde, self.grid[i], self.grid[i + 1], self.noise_level, self.grid[1])
+        noise = self.noise(sample.shape).to(sample.device) if i in self.window else None  # (B, ...)
+        x_next, log_prob = sde_step(sample, model_output, noise, *coefficients)
+        if i in self.window:
+            self.trajectory.append((i, coefficients, sample, x_next, model_output, log_prob))
         return (x_next,) if not return_dict else {"prev_sample": x_next}
 
 
@@ -196,7 +196,7 @@ EMBEDS = {
 
 
 class Generator:
-    """A diffusers pipeline with a LoRA. `rollout` draws and records, `replay` gives a recorded step's log-prob with grad, `sample` draws."""
+    """A diffusers pipeline with a LoRA. `rollout` draws and records, `replay` gives a recorded step's velocity with grad, `sample` draws."""
 
     def __init__(self, cfg, device="cpu", dtype=torch.float32, micro_batch=32):
         """Raises ValueError, in one line, for a folder that is no pipeline and for a pipeline that cannot be trained."""
@@ -308,12 +308,11 @@ class Generator:
             steps.append(self.scheduler.trajectory)
         self.scheduler.window, self.scheduler.trajectory = (), None
         for step in zip(*steps):  # the same step of every chunk
-            index, x, x_next, mean, log_prob = zip(*step)
+            index, coefficients, *tensors = zip(*step)
             trajectory.index.append(index[0])
-            for store, parts in zip(
-                (trajectory.x, trajectory.x_next, trajectory.mean, trajectory.log_prob), (x, x_next, mean, log_prob)
-            ):
-                store.append(torch.cat(parts))
+            trajectory.coefficients.append(coefficients[0])
+            for name, parts in zip(("x", "x_next", "v", "log_prob"), tensors):
+                getattr(trajectory, name).append(torch.cat(parts))
         return torch.cat(images), trajectory
 
     def sample(self, prompts, keys):
@@ -321,13 +320,13 @@ class Generator:
         return self.rollout(prompts, keys)[0]
 
     def replay(self, trajectory, k, rows):
-        """Step k of the window for some rows, with grad -> log_prob (b,), mean (b, ...), std, c_v."""
-        self.scheduler.only = trajectory.index[k], trajectory.x_next[k][rows]
+        """The velocity of step k of the window for some rows, with grad: (b, ...)"""
+        self.scheduler.only = trajectory.index[k]
         try:
             self._call(trajectory, rows, trajectory.x[k][rows], output_type="latent")
-            return self.scheduler.result
+            return self.scheduler.velocity
         finally:
-            self.scheduler.only = self.scheduler.result = None
+            self.scheduler.only = self.scheduler.velocity = None
 
     def chunks(self, n):
         """Rows 0..n-1 in micro-batches; rollout and replay share them, so that their matrix products have the same shapes."""
@@ -381,7 +380,7 @@ class Generator:
         """One step of one sample tells the shape in which this pipeline keeps latents, and that the whole call works."""
         embeds = self.encode(["a photo"])
         seen = []
-        self.scheduler.only = (0, torch.zeros(()))
+        self.scheduler.only = 0
         self.scheduler.step = lambda v, t, x, **_: seen.append(x.shape) or (x,)
         try:
             extra = {n: v for n, v in self.cfg.call.items() if n != "negative_prompt"}
@@ -441,3 +440,189 @@ def load_pipeline(cfg, dtype):
         if key not in takes:
             raise ValueError(f"generator.call.{key}: {name} takes no such argument; it takes {', '.join(takes)}")
     return pipe
+
+
+# ---------------------------------------------------------------- the kernel: one pass over the latents
+
+
+def sde_step(x, v, noise, c_x, c_v, std):
+    """x_next = c_x x + c_v v + std noise, stored in x's dtype, and its log-prob (B,), f32, no grad. noise None: no noise, no log-prob."""
+    if noise is None:
+        return (c_x * x.float() + c_v * v.float()).to(x.dtype), None
+    x_next = torch.empty_like(x, memory_format=torch.contiguous_format)  # (B, ...)
+    sums = _sums(x, v, x_next, None, None, coefficients_of(x, c_x, c_v, std), noise)
+    return x_next, _log_prob(sums, std, x)
+
+
+def sde_log_ratio_ref(x, v, x_next, old_v, ref_v, c_x, c_v, std):
+    """What `sde_log_ratio` computes, by its definitions."""
+    mean, old_mean, ref_mean = (c_x * x.float() + c_v * u.float() for u in (v, old_v, ref_v))  # (B, ...)
+    return (
+        gaussian_log_prob(x_next.float(), mean, std),
+        guard_log_ratio(x_next.float(), mean, old_mean, std, c_v),
+        gaussian_kl(mean, ref_mean, std),
+    )
+
+
+def sde_log_ratio(x, v, x_next, old_v, ref_v, c_x, c_v, std):
+    """A stored step under the velocity v, in one pass -> log_prob, GRPO-Guard's log-ratio to old_v, KL to ref_v; each (B,) f32.
+
+    x, v, x_next, old_v, ref_v (B, ...) of any shape and float dtype; ref_v None: KL 0. c_x, c_v, std: floats or (B,), so every kind of step is
+    this one. The gradient goes to v alone. With d = x_next - mean, w = v - old_v, r = v - ref_v and n dimensions, all is in three sums,
+
+        log_prob = -sum d d / 2 std^2 n - log std sqrt(2 pi),   guard = sign(c_v) sum (d + c_v w) w / std n,   KL = c_v^2 sum r r / 2 std^2 n
+
+    and backward is one more pass that makes d, w and r again instead of keeping them.
+    """
+    return _SdeLogRatio.apply(x, v, x_next, old_v, ref_v, coefficients_of(x, c_x, c_v, std))
+
+
+def dimensions(x):
+    return math.prod(x.shape[1:])
+
+
+def coefficients_of(x, *values):
+    """c_x, c_v, std, floats or (B,) -> (B, 3) f32"""
+    columns = [torch.as_tensor(c, dtype=torch.float32, device=x.device).expand(len(x)) for c in values]
+    return torch.stack(columns, 1)
+
+
+def _log_prob(sums, std, x):
+    n = dimensions(x)
+    std = torch.as_tensor(std, dtype=torch.float32, device=x.device)
+    return -sums[:, 0] / (2 * std**2 * n) - std.log() - 0.5 * math.log(2 * math.pi)
+
+
+class _SdeLogRatio(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, v, x_next, old_v, ref_v, coefficients):
+        ctx.save_for_backward(x, v, x_next, old_v, ref_v, coefficients)
+        ctx.set_materialize_grads(False)
+        n, (_, c_v, std) = dimensions(x), coefficients.unbind(1)
+        sums = _sums(x, v, x_next, old_v, ref_v, coefficients)  # (B, 3)
+        guard = c_v.sign() * sums[:, 1] / (std * n)
+        return _log_prob(sums, std, x), guard, c_v**2 * sums[:, 2] / (2 * std**2 * n)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        x, v, x_next, old_v, ref_v, coefficients = ctx.saved_tensors
+        n, (_, c_v, std) = dimensions(x), coefficients.unbind(1)
+        log_prob, guard, kl = (torch.zeros_like(std) if g is None else g for g in grads)  # (B,)
+        factors = torch.stack([log_prob * c_v / std**2, guard * c_v.sign() / std, kl * c_v**2 / std**2], 1) / n  # (B, 3)
+        return None, _grad(x, v, x_next, old_v, ref_v, coefficients, factors), None, None, None, None
+
+
+def _sums(x, v, x_next, old_v, ref_v, coefficients, noise=None):
+    """-> (B, 3): sums over a sample's dimensions of d d, (d + c_v w) w, r r; with noise, x_next is drawn first, in place"""
+    if use_triton(x):
+        return _sums_triton(x, v, x_next, old_v, ref_v, coefficients, noise)
+    sums = torch.zeros(len(x), 3)
+    for b, (c_x, c_v, std) in enumerate(coefficients.tolist()):  # a sample at a time stays in the cache
+        vb = v[b].float().flatten()  # (n,)
+        mean = (x[b].float() * c_x).flatten().add_(vb, alpha=c_v)  # (n,)
+        if noise is not None:
+            x_next[b] = torch.add(mean, noise[b].flatten(), alpha=std).view(x_next[b].shape)
+        d = torch.sub(x_next[b].float().flatten(), mean, out=mean)
+        sums[b, 0] = d.dot(d)
+        if old_v is not None:
+            w = vb - old_v[b].float().flatten()
+            sums[b, 1] = d.add_(w, alpha=c_v).dot(w)
+        if ref_v is not None:
+            r = vb - ref_v[b].float().flatten()
+            sums[b, 2] = r.dot(r)
+    return sums
+
+
+def _grad(x, v, x_next, old_v, ref_v, coefficients, factors):
+    """-> (B, ...), v's dtype: f_0 d + f_1 (d + c_v w) + f_2 r"""
+    if use_triton(x):
+        return _grad_triton(x, v, x_next, old_v, ref_v, coefficients, factors)
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    for b, ((c_x, c_v, _), (f0, f1, f2)) in enumerate(zip(coefficients.tolist(), factors.tolist())):
+        vb = v[b].float()
+        grad = (x[b].float() * -c_x).add_(vb, alpha=-c_v).add_(x_next[b].float()).mul_(f0 + f1)  # (...)
+        if f1:
+            grad.add_(vb, alpha=f1 * c_v).sub_(old_v[b].float(), alpha=f1 * c_v)
+        if ref_v is not None and f2:
+            grad.add_(vb, alpha=f2).sub_(ref_v[b].float(), alpha=f2)
+        out[b] = grad
+    return out
+
+
+def use_triton(x):
+    """On a GPU; TRITON_INTERPRET=1 runs the kernels on a CPU, to check what they compute, not how fast."""
+    return triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+BLOCK = 2048  # elements of one program
+
+
+def _sums_triton(x, v, x_next, old_v, ref_v, coefficients, noise):
+    B, n = len(x), dimensions(x)
+    blocks = triton.cdiv(n, BLOCK)
+    x, v, old, ref, coefficients, *noise = (t.contiguous() for t in (
+        x, v, v if old_v is None else old_v, v if ref_v is None else ref_v, coefficients, *([] if noise is None else [noise])))  # fmt: skip
+    x_next = x_next if noise else x_next.contiguous()
+    partial = torch.empty(B, blocks, 3, device=x.device)  # two stages, in a fixed order: the same bits every time
+    _sums_kernel[(B, blocks)](x, v, x_next, old, ref, coefficients, noise[0] if noise else x, partial, n, BLOCK=BLOCK,
+                              DRAW=bool(noise), OLD=old_v is not None, REF=ref_v is not None)  # fmt: skip
+    return partial.sum(1)
+
+
+def _grad_triton(x, v, x_next, old_v, ref_v, coefficients, factors):
+    B, n = len(x), dimensions(x)
+    x, v, x_next, old, ref, coefficients, factors = (
+        t.contiguous() for t in (x, v, x_next, old_v, v if ref_v is None else ref_v, coefficients, factors)
+    )
+    out = torch.empty_like(v)
+    _grad_kernel[(B, triton.cdiv(n, BLOCK))](x, v, x_next, old, ref, coefficients, factors, out, n, BLOCK=BLOCK)
+    return out
+
+
+if triton:
+
+    @triton.jit
+    def _sums_kernel(
+        x, v, x_next, old_v, ref_v, coefficients, noise, partial, n,
+        BLOCK: tl.constexpr, DRAW: tl.constexpr, OLD: tl.constexpr, REF: tl.constexpr,
+    ):  # fmt: skip
+        """One program a block of a sample; partial is (B, blocks, 3)."""
+        b, block = tl.program_id(0), tl.program_id(1)
+        i = block * BLOCK + tl.arange(0, BLOCK)
+        inside, at = i < n, b.to(tl.int64) * n + i  # (BLOCK,)
+        c_x, c_v, std = tl.load(coefficients + 3 * b), tl.load(coefficients + 3 * b + 1), tl.load(coefficients + 3 * b + 2)
+        v_ = tl.load(v + at, mask=inside, other=0.0).to(tl.float32)
+        mean = c_x * tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + c_v * v_
+        if DRAW:
+            drawn = mean + std * tl.load(noise + at, mask=inside, other=0.0)
+            tl.store(x_next + at, drawn, mask=inside)
+            next_ = drawn.to(x_next.dtype.element_ty).to(tl.float32)  # as it is stored
+        else:
+            next_ = tl.load(x_next + at, mask=inside, other=0.0).to(tl.float32)
+        d = next_ - mean  # 0 outside
+        out = partial + (b * tl.num_programs(1) + block) * 3
+        tl.store(out, tl.sum(d * d))
+        guard, kl = 0.0, 0.0
+        if OLD:
+            w = v_ - tl.load(old_v + at, mask=inside, other=0.0).to(tl.float32)
+            guard = tl.sum((d + c_v * w) * w)
+        if REF:
+            r = v_ - tl.load(ref_v + at, mask=inside, other=0.0).to(tl.float32)
+            kl = tl.sum(r * r)
+        tl.store(out + 1, guard)
+        tl.store(out + 2, kl)
+
+    @triton.jit
+    def _grad_kernel(x, v, x_next, old_v, ref_v, coefficients, factors, out, n, BLOCK: tl.constexpr):
+        b = tl.program_id(0)
+        i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside, at = i < n, b.to(tl.int64) * n + i  # (BLOCK,)
+        c_x, c_v = tl.load(coefficients + 3 * b), tl.load(coefficients + 3 * b + 1)
+        f0, f1, f2 = tl.load(factors + 3 * b), tl.load(factors + 3 * b + 1), tl.load(factors + 3 * b + 2)
+        v_ = tl.load(v + at, mask=inside, other=0.0).to(tl.float32)
+        d = tl.load(x_next + at, mask=inside, other=0.0).to(tl.float32) - c_v * v_
+        d -= c_x * tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        w = v_ - tl.load(old_v + at, mask=inside, other=0.0).to(tl.float32)
+        r = v_ - tl.load(ref_v + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + at, f0 * d + f1 * (d + c_v * w) + f2 * r, mask=inside)

@@ -357,19 +357,14 @@ class Run:
             for chunk in gen.chunks(len(rows)):
                 b = [rows[i] for i in chunk]
                 for k in range(window):
-                    log_prob, mean, std, c_v = gen.replay(trajectory, k, b)
-                    if cfg.ratio == "guard":
-                        log_ratio = G.guard_log_ratio(
-                            trajectory.x_next[k][b].float(), mean, trajectory.mean[k][b], std, c_v
-                        )  # (b,)
-                    else:
-                        log_ratio = log_prob - trajectory.log_prob[k][b]
-                    loss, clipped = clipped_loss(log_ratio, advantage[b], cfg.clip_range)
-                    kl = torch.zeros_like(loss)
+                    v, ref_v = gen.replay(trajectory, k, b), None  # (b, ...)
                     if cfg.beta:
                         with torch.no_grad(), gen.reference():
-                            ref_mean = gen.replay(trajectory, k, b)[1]
-                        kl = G.gaussian_kl(mean, ref_mean, std)  # (b,)
+                            ref_v = gen.replay(trajectory, k, b)
+                    x, x_next, old_v = trajectory.x[k][b], trajectory.x_next[k][b], trajectory.v[k][b]
+                    log_prob, guard, kl = G.sde_log_ratio(x, v, x_next, old_v, ref_v, *trajectory.coefficients[k])
+                    log_ratio = guard if cfg.ratio == "guard" else log_prob - trajectory.log_prob[k][b]  # (b,)
+                    loss, clipped = clipped_loss(log_ratio, advantage[b], cfg.clip_range)
                     loss = (loss + cfg.beta * kl).sum() / (len(rows) * window)
                     loss.backward()
                     total["loss"] += loss.item()
@@ -389,26 +384,27 @@ class Run:
         weights = self.weights | {"format": cfg.format_penalty}
         advantage = advantages(scores, weights, P).view(P, N)[:, own:].flatten()  # (P*(N-own),)
         alive = (~zero_std(scores, P)).repeat_interleave(N - own)  # zero-variance groups are dropped
-        total = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "grad_norm": 0.0}
+        total = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "entropy": 0.0, "grad_norm": 0.0}
         size = N - own
         for share in np.array_split(np.arange(P), min(self.cfg.updates, P)):
             rows = [int(p) * size + n for p in share for n in range(size) if alive[int(p) * size + n]]
             tokens = max(rewrites.mask[rows].sum().item(), 1.0)
             for chunk in llm.chunks(len(rows)):
                 b = [rows[i] for i in chunk]
-                log_probs, mask = llm.log_probs(rewrites, b), rewrites.mask[b]  # (b, L)
+                (log_probs, entropy), mask = llm.log_probs(rewrites, b), rewrites.mask[b]  # (b, L)
                 loss, clipped = L.token_loss(
                     log_probs, rewrites.old_log_probs[b], advantage[b].to(self.device), mask, cfg, len(rows), tokens
                 )
                 if cfg.beta:
                     with torch.no_grad(), llm.reference():
-                        ref = llm.log_probs(rewrites, b)
+                        ref = llm.log_probs(rewrites, b)[0]
                     kl = (L.k3_kl(log_probs, ref) * mask).sum() / tokens
                     loss = loss + cfg.beta * kl
                     total["kl"] += kl.item()
                 loss.backward()
                 total["loss"] += loss.item()
                 total["clip_fraction"] += clipped.item()
+                total["entropy"] += entropy.sum().item() / tokens
             total["grad_norm"] += self.optimize("refiner", llm.parameters()) / min(self.cfg.updates, P)
         return total
 

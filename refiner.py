@@ -12,6 +12,7 @@ Token losses. L tokens, mask m, ratio r = exp(log_prob - old_log_prob), advantag
     gspo     1/B sum over rewrites of l with r = exp(mean_t log-ratio)     GSPO, arXiv 2507.18071
 """
 
+import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,12 @@ from typing import Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # not on Linux: torch does the same work
+    triton = None
 
 
 @dataclass
@@ -91,12 +98,6 @@ def cue_share(texts, cues):
     return sum(any(c.lower() in t.lower() for c in cues) for t in texts) / max(len(texts), 1)
 
 
-def token_log_probs(logits, ids, temperature):
-    """log softmax(logits / temperature) at ids: (B, L, V), (B, L) -> (B, L) f32 nats"""
-    logits = logits.float() / temperature
-    return logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
-
-
 def token_loss(log_probs, old_log_probs, advantages, mask, cfg, rewrites, tokens):
     """The loss of a micro-batch, to be summed over the accumulated batch -> (loss, share of tokens that were clipped)
 
@@ -146,6 +147,18 @@ class Refiner:
         if not self.tokenizer.chat_template:
             raise ValueError(f"refiner.model: {cfg.model} has no chat template; expected an instruction-tuned model")
         self.model.requires_grad_(False)
+        self._check_head()
+
+    @torch.no_grad()
+    def _check_head(self):
+        """token_log_probs knows heads that are one matrix: no bias, no soft cap, no scale. Two tokens tell."""
+        ids = torch.arange(2, device=self.device)[None]
+        states, weight = self.hidden(ids, torch.ones_like(ids))
+        if not torch.allclose(self.model(input_ids=ids).logits, states @ weight.T, rtol=0.02, atol=0.02):
+            raise ValueError(
+                f"refiner.model: {self.cfg.model} does more than one matrix product in its head (a bias, a scale or a soft cap); "
+                "expected a model such as Qwen3, Llama or SmolLM"
+            )
 
     def add_lora(self, seed=0):
         """A new LoRA on every linear layer but the head, f32; its up matrices are zero, so that nothing changes yet."""
@@ -218,19 +231,166 @@ class Refiner:
             old_log_probs=torch.zeros_like(mask),
         )
         for rows in self.chunks(len(ids)):
-            rewrites.old_log_probs[rows] = self.log_probs(rewrites, rows)
+            rewrites.old_log_probs[rows] = self.log_probs(rewrites, rows)[0]
         return rewrites
 
     def chunks(self, n):
         return [list(range(i, min(i + self.micro_batch, n))) for i in range(0, n, self.micro_batch)]
 
     def log_probs(self, rewrites, rows):
-        """Token log-probs of some rows, with grad: (b, L) nats, at the sampling temperature; zero where the mask is zero"""
-        ids, mask = rewrites.ids[rows], rewrites.mask[rows]
+        """Token log-probs, with grad, and entropies of some rows: (b, L) nats each, at the sampling temperature; zero where the mask is.
+
+        Padding is not computed: columns that no row uses are cut off, and the head sees completion tokens alone.
+        """
+        mask = rewrites.mask[rows] > 0  # (b, L)
         length = mask.shape[1]
         attention = rewrites.attention[rows]
+        used = attention.any(0).nonzero()  # columns that are padding in every row are not computed
+        ids, attention = rewrites.ids[rows][:, used[0] : used[-1] + 1], attention[:, used[0] : used[-1] + 1]
+        mask = mask[:, : int(used[-1]) + 1 - (rewrites.ids.shape[1] - length)]  # (b, l)
+        hidden, weight = self.hidden(ids, attention)
+        hidden = hidden[:, -mask.shape[1] - 1 : -1][mask]  # (n, D), the positions that predict a completion token
+        values = token_log_probs(hidden, weight, ids[:, -mask.shape[1] :][mask], self.cfg.temperature)  # (n,), (n,)
+        return tuple(torch.zeros(len(ids), length, device=ids.device).masked_scatter(
+            torch.nn.functional.pad(mask, (0, length - mask.shape[1])), v) for v in values)
+
+    def hidden(self, ids, attention):
+        """ids, attention (b, K) -> what the head reads (b, K, D), and the head's weight (V, D)"""
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         positions = (attention.cumsum(1) - 1).clamp(min=0)  # left padding must not shift positions
-        logits = self.model(
-            input_ids=ids, attention_mask=attention, position_ids=positions, logits_to_keep=length + 1
-        ).logits[:, :-1]  # (b, L, V)
-        return token_log_probs(logits, ids[:, -length:], self.cfg.temperature) * mask
+        states = model.base_model(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)
+        return states.last_hidden_state, model.get_output_embeddings().weight
+
+
+# ---------------------------------------------------------------- the kernel: log-probs without logits
+
+
+def token_log_probs_ref(hidden, weight, ids, temperature):
+    """What `token_log_probs` computes, with the logits (..., V) that it does without."""
+    log_p = (hidden.float() @ weight.float().T / temperature).log_softmax(-1)  # (..., V)
+    return log_p.gather(-1, ids[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1).detach()
+
+
+def token_log_probs(hidden, weight, ids, temperature=1.0):
+    """log p(ids) and entropy of softmax(hidden weight^T / temperature), without ever holding n x V numbers.
+
+    hidden (..., D), weight (V, D) of the frozen head, both f32, bf16 or f16; ids (...) -> log_probs (...), entropy (...), f32 nats, for any
+    leading shape. The gradient goes to hidden alone, and the entropy has none. ValueError if the head is trainable.
+
+    One sweep over the vocabulary in tiles, the online softmax of FlashAttention (arXiv 2205.14135). As the head is frozen, a token's gradient is one
+    vector, u = (weight[id] - softmax weight) / temperature, which the same sweep sums up; backward only multiplies. So two matrix products, where
+    recomputing the logits in backward takes three; without grad one.
+    """
+    if weight.requires_grad:
+        raise ValueError("refiner: the head (lm_head) is trainable; token_log_probs has no gradient for it: freeze it, or train with LoRA")
+    with_grad = hidden.requires_grad and torch.is_grad_enabled()
+    values = _TokenLogProbs.apply(hidden.flatten(0, -2), weight, ids.flatten(), temperature, with_grad)  # (n,), (n,)
+    return tuple(v.view(ids.shape) for v in values)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, ids, temperature, with_grad):
+        log_probs, entropy, u = _sweep(hidden, weight, ids, temperature, with_grad)
+        ctx.save_for_backward(u)
+        ctx.mark_non_differentiable(entropy)
+        return log_probs, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        (u,) = ctx.saved_tensors
+        return (grad[:, None] * u).to(u.dtype), None, None, None, None
+
+
+TOKENS = 1024  # tokens and ...
+VOCAB = {"cpu": 4096, "cuda": 16384}  # ... vocabulary of a tile: large enough for the matrix products, small enough for cache and memory
+
+
+def _sweep(hidden, weight, ids, temperature, with_grad):
+    """-> log_probs (n,), entropy (n,), u (n, D) or None"""
+    (n, D), V, wide = hidden.shape, len(weight), torch.promote_types(hidden.dtype, torch.float32)
+    log_probs, entropy = (torch.empty(n, dtype=wide, device=hidden.device) for _ in range(2))
+    u = torch.empty_like(hidden, memory_format=torch.contiguous_format) if with_grad else None
+    for rows in torch.arange(n, device=hidden.device).split(TOKENS) if n else ():
+        rows = slice(int(rows[0]), int(rows[-1]) + 1)
+        h, target = hidden[rows], ids[rows]
+        state = torch.zeros(4, len(h), dtype=wide, device=h.device)  # per token: maximum, sum of e, sum of e l, l at the id
+        state[0] = -1e30
+        total = torch.zeros(len(h), D, dtype=wide, device=h.device) if with_grad else None  # sum of e weight
+        for first in range(0, V, VOCAB[h.device.type]):
+            w = weight[first : first + VOCAB[h.device.type]]  # (v, D)
+            logits = _product(h, w.T, wide)  # (n, v)
+            e, shrink = softmax_tile(logits, target - first, state, temperature, w.dtype)
+            if with_grad:
+                total.mul_(shrink[:, None]).add_(_product(e, w, wide))
+        top, sums, weighted, chosen = state
+        log_probs[rows] = chosen - top - sums.log()
+        entropy[rows] = sums.log() - weighted / sums
+        if with_grad:
+            u[rows] = (weight[target] - total / sums[:, None]) / temperature
+    return log_probs, entropy, u
+
+
+def _product(a, b, dtype):
+    """a @ b in `dtype`. A GPU accumulates half precision in f32 and keeps that; on a CPU the result is rounded first, as the plain product is."""
+    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda and a.dtype != dtype else (a @ b).to(dtype)
+
+
+def softmax_tile_ref(logits, target, state, temperature, dtype):
+    """One tile of the online softmax. logits (n, v), target (n,) place of the id, maybe outside the tile, state (4, n), updated in place.
+
+    l = logits / temperature; -> e = exp(l - maximum so far) (n, v) in `dtype`, and the factor (n,) that earlier sums shrink by.
+    """
+    top, sums, weighted, chosen = state
+    l = logits.div_(temperature)  # (n, v)
+    inside = (target >= 0) & (target < l.shape[1])
+    chosen += torch.where(inside, l.gather(1, target.clamp(0, l.shape[1] - 1)[:, None])[:, 0], 0)
+    new = torch.maximum(top, l.amax(1))
+    shrink = (top - new).exp()
+    weighted.add_(sums * (top - new)).mul_(shrink)  # sum of e (l - maximum): no large numbers cancel
+    l -= new[:, None]
+    e = l.exp()
+    weighted += torch.linalg.vecdot(e, l)
+    sums.mul_(shrink).add_(e.sum(1))
+    top.copy_(new)
+    return e.to(dtype), shrink
+
+
+def softmax_tile(logits, target, state, temperature, dtype):
+    """`softmax_tile_ref` in one pass by Triton, on a GPU or where TRITON_INTERPRET=1, else in torch."""
+    if not use_triton(logits):
+        return softmax_tile_ref(logits, target, state, temperature, dtype)
+    n, v = logits.shape
+    e, shrink = torch.empty(n, v, dtype=dtype, device=logits.device), torch.empty(n, device=logits.device)
+    block = triton.next_power_of_2(v)
+    _softmax_tile_kernel[(n,)](logits, e, target, state, shrink, n, v, 1 / temperature, BLOCK=block, num_warps=16 if block > 4096 else 4)
+    return e, shrink
+
+
+def use_triton(x):
+    """On a GPU; TRITON_INTERPRET=1 runs the kernels on a CPU, to check what they compute, not how fast."""
+    return triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+if triton:
+
+    @triton.jit
+    def _softmax_tile_kernel(logits, e, target, state, shrink, n, v, inv_temperature, BLOCK: tl.constexpr):
+        """One program a token: its row of the tile is read once, e written once. state is (4, n)."""
+        row = tl.program_id(0).to(tl.int64)
+        cols = tl.arange(0, BLOCK)
+        l = tl.load(logits + row * v + cols, mask=cols < v, other=float("-inf")) * inv_temperature  # (BLOCK,)
+        top, sums, weighted, chosen = state + row, state + n + row, state + 2 * n + row, state + 3 * n + row
+        old = tl.load(top)
+        tl.store(chosen, tl.load(chosen) + tl.sum(tl.where(cols == tl.load(target + row), l, 0.0)))
+        new = tl.maximum(old, tl.max(l))
+        factor = tl.exp(old - new)
+        d = tl.where(cols < v, l - new, 0.0)
+        p = tl.where(cols < v, tl.exp(d), 0.0)
+        before = tl.load(sums)
+        tl.store(weighted, factor * (tl.load(weighted) + before * (old - new)) + tl.sum(p * d))
+        tl.store(sums, factor * before + tl.sum(p))
+        tl.store(top, new)
+        tl.store(shrink + row, factor)
+        tl.store(e + row * v + cols, p, mask=cols < v)

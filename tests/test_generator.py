@@ -103,10 +103,12 @@ def test_replay_repeats_the_recorded_log_probs_exactly(tiny_generator, name):
     assert trajectory.index == [1, 2]
     for k in range(2):
         for rows in gen.chunks(6):
-            log_prob, mean, std, c_v = gen.replay(trajectory, k, rows)
+            v = gen.replay(trajectory, k, rows)
+            assert torch.equal(v.detach(), trajectory.v[k][rows])
+            stored = trajectory.x_next[k][rows], trajectory.v[k][rows], None
+            log_prob, guard, _ = G.sde_log_ratio(trajectory.x[k][rows], v, *stored, *trajectory.coefficients[k])
             assert torch.equal(log_prob.detach(), trajectory.log_prob[k][rows])
-            ratio = G.guard_log_ratio(trajectory.x_next[k][rows], mean, trajectory.mean[k][rows], std, c_v).exp()
-            assert torch.equal(ratio.detach(), torch.ones(len(rows)))
+            assert torch.equal(guard.exp().detach(), torch.ones(len(rows)))
             log_prob.sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in gen.lora.items() if "lora_A" in n)
     assert all(p.grad is None for n, p in gen.transformer.named_parameters() if n not in gen.lora)
@@ -115,7 +117,7 @@ def test_replay_repeats_the_recorded_log_probs_exactly(tiny_generator, name):
 @pytest.mark.parametrize("name", PIPELINES)
 @pytest.mark.parametrize("sde", ["cps", "flow"])
 def test_recorded_steps_follow_from_the_velocity(tiny_generator, name, sde):
-    """The recorded mean is the step's formula applied to the transformer's own output at the recorded x."""
+    """x_next minus the step's formula, applied to the transformer's own output at the recorded x, is standard normal noise times std."""
     gen = tiny_generator(name, sde=sde, noise_level=0.5)
     seen = []
     step = type(gen.scheduler).step
@@ -130,8 +132,9 @@ def test_recorded_steps_follow_from_the_velocity(tiny_generator, name, sde):
     for k in range(2):
         v, x = seen[k]
         c_x, c_v, std = G.sde_coefficients(sde, grid[k], grid[k + 1], 0.5, grid[1])
-        torch.testing.assert_close(trajectory.mean[k], c_x * x.float() + c_v * v.float())
-        z = (trajectory.x_next[k] - trajectory.mean[k]) / std
+        assert trajectory.coefficients[k] == (c_x, c_v, std)
+        assert torch.equal(trajectory.v[k], v) and torch.equal(trajectory.x[k], x)
+        z = (trajectory.x_next[k] - (c_x * x.float() + c_v * v.float())) / std
         assert 0.8 < z.std() < 1.2  # standard normal
 
 
@@ -174,7 +177,8 @@ def test_noise_is_distinct_and_independent_of_the_split(tiny_generator):
     _, split = tiny_generator(micro_batch=4).rollout(prompts, KEYS, range(0, 2))
     for k in range(2):
         torch.testing.assert_close(whole.x_next[k], split.x_next[k], rtol=1e-4, atol=1e-4)
-        z = (whole.x_next[k] - whole.mean[k]).flatten(1)
+        c_x, c_v, _ = whole.coefficients[k]
+        z = (whole.x_next[k] - c_x * whole.x[k] - c_v * whole.v[k]).flatten(1)
         correlation = torch.corrcoef(torch.cat([z, whole.x[0].flatten(1)])) - torch.eye(12)
         assert correlation.abs().max() < 0.6  # no two rows share noise, nor do steps and starts
 
@@ -196,6 +200,110 @@ def test_share_noise_shares_the_start_of_a_group_alone(tiny_generator):
     x = t.x[0]
     assert torch.equal(x[0], x[1]) and not torch.equal(x[0], x[2])
     assert not torch.allclose(t.x_next[0][0], t.x_next[0][1])
+
+
+# ---------------------------------------------------------------- the kernel
+
+
+@pytest.fixture(params=["torch", "triton"])
+def path(request, monkeypatch):
+    """torch, then the Triton kernel in its interpreter, in blocks that no size below is a multiple of"""
+    monkeypatch.setattr(G, "BLOCK", 64)
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        assert G.use_triton(torch.zeros(1))
+    return request.param
+
+
+STEP = dict(c_x=0.97, c_v=-0.08, std=0.6)
+SHAPES = [(3, 4, 5, 7), (2, 33, 9), (2, 3, 2, 5, 7), (1, 1)]
+
+
+def latents(shape, dtype=torch.float32):
+    """x, v, x_next, old_v, ref_v"""
+    g = torch.Generator().manual_seed(sum(shape))
+    return [torch.randn(shape, generator=g).to(dtype) for _ in range(5)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_log_ratio_against_its_definitions_in_float64(path, shape, dtype):
+    """4-D, packed 3-D, 5-D and a single number: log-prob, Guard ratio, KL, and the gradient of a mix of them to v."""
+    x, v, x_next, old_v, ref_v = latents(shape, dtype)
+    got_v, want_v = v.clone().requires_grad_(True), v.double().requires_grad_(True)
+    got = G.sde_log_ratio(x, got_v, x_next, old_v, ref_v, **STEP)
+    doubles = [t.double() for t in (x_next, old_v, ref_v)]
+    means = [0.97 * x.double() + -0.08 * u for u in (want_v, *doubles[1:])]
+    normal = torch.distributions.Normal(means[0], 0.6)
+    eps = (doubles[0] - means[1]) / 0.6
+    kl = torch.distributions.kl_divergence(normal, torch.distributions.Normal(means[2], 0.6))
+    want = [t.flatten(1).mean(1) for t in (normal.log_prob(doubles[0]), eps * (means[0] - means[1]) / 0.08, kl)]
+    for a, b in zip(got, want):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+    for weights in ((1.0, -2.0, 3.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)):
+        (a,) = torch.autograd.grad(sum(w * t.sum() for w, t in zip(weights, got) if w), got_v, retain_graph=True)
+        (b,) = torch.autograd.grad(sum(w * t.sum() for w, t in zip(weights, want) if w), want_v, retain_graph=True)
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double(), b, rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=1e-6)
+
+
+def test_the_reference_is_the_definition(path):
+    """sde_log_ratio_ref and sde_log_ratio: one number, with coefficients of each sample its own too."""
+    tensors = latents((3, 6, 5))
+    for a, b in zip(G.sde_log_ratio(*tensors, **STEP), G.sde_log_ratio_ref(*tensors, **STEP)):
+        torch.testing.assert_close(a, b)
+    c_x, c_v, std = torch.tensor([0.9, 0.8, 1.0]), torch.tensor([-0.1, 0.2, -0.3]), torch.tensor([0.5, 0.1, 0.9])
+    whole = G.sde_log_ratio(*tensors, c_x, c_v, std)
+    for i in range(3):
+        alone = G.sde_log_ratio(*(t[i : i + 1] for t in tensors), float(c_x[i]), float(c_v[i]), float(std[i]))
+        for a, b in zip(whole, alone):
+            torch.testing.assert_close(a[i : i + 1], b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fused_step_draws_and_its_log_prob_is_the_replayed_one(path, shape, dtype):
+    """x_next is c_x x + c_v v + std noise as stored, and replaying it gives the same bits of log-prob; noise None is the mean."""
+    x, v, noise, *_ = latents(shape, dtype)
+    x_next, log_prob = G.sde_step(x, v, noise.float(), **STEP)
+    want = (0.97 * x.double() - 0.08 * v.double() + 0.6 * noise.double()).to(dtype)
+    assert x_next.dtype == dtype
+    torch.testing.assert_close(x_next, want)
+    assert torch.equal(G.sde_log_ratio(x, v, x_next, v, None, **STEP)[0], log_prob)
+    euler, nothing = G.sde_step(x, v, None, 1.0, -0.1, 0.0)
+    torch.testing.assert_close(euler, (x.double() - 0.1 * v.double()).to(dtype))
+    assert nothing is None
+
+
+def test_strided_latents_and_none_at_all(path):
+    """Views give what their copies give, forward and gradient; a batch of none gives empty results."""
+    tensors = [torch.randn(5, 3, 4).transpose(0, 1) for _ in range(5)]
+    grads = []
+    for args in (tensors, [t.contiguous() for t in tensors]):
+        args[1] = args[1].detach().requires_grad_(True)
+        values = G.sde_log_ratio(*args, **STEP)
+        sum(t.sum() for t in values).backward()
+        grads.append((*values, args[1].grad))
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+    assert all(t.shape == (0,) for t in G.sde_log_ratio(*(torch.zeros(0, 3, 4) for _ in range(5)), **STEP))
+
+
+def test_every_element_is_written_and_sums_repeat_bit_for_bit(path, monkeypatch):
+    """torch.empty filled with NaN beforehand leaves none behind; a second run gives the same bits."""
+    poisoned = lambda make: lambda *a, **k: make(*a, **k).fill_(float("nan"))
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    x, v, x_next, old_v, ref_v = latents((2, 33, 9))
+    v.requires_grad_(True)
+    runs = []
+    for _ in range(2):
+        values = G.sde_log_ratio(x, v, x_next, old_v, ref_v, **STEP)
+        (grad,) = torch.autograd.grad(sum(t.sum() for t in values), v)
+        runs.append([*values, grad, *G.sde_step(x, v.detach(), old_v, **STEP)])
+    assert all(torch.isfinite(a).all() and torch.equal(a, b) for a, b in zip(*runs))
 
 
 # ---------------------------------------------------------------- LoRA

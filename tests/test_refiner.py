@@ -7,6 +7,10 @@ import torch
 
 import refiner as L
 
+def randomly(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
 PROMPTS = ["a tabby cat", "a chinese temple, wide view, in soft light"]
 
 
@@ -52,7 +56,8 @@ def test_cue_share():
 def test_ratio_is_one_on_the_first_pass(refiner):
     """Log-probs of the rollout are those that training computes, for every token."""
     rewrites = refiner.rollout(PROMPTS, 4, seed=1)
-    log_probs = refiner.log_probs(rewrites, list(range(8)))
+    log_probs, entropy = refiner.log_probs(rewrites, list(range(8)))
+    assert (entropy[rewrites.mask > 0] > 0).all() and not entropy.requires_grad
     assert torch.equal(log_probs.detach(), rewrites.old_log_probs) and log_probs.requires_grad
     assert torch.equal((log_probs - rewrites.old_log_probs).exp().detach(), torch.ones_like(rewrites.mask))
 
@@ -160,12 +165,179 @@ def test_k3_is_zero_at_the_reference_and_its_mean_is_the_kl():
     assert (p.exp() * k3).sum().item() == pytest.approx((p.exp() * (p - q)).sum().item(), abs=1e-6)
 
 
-def test_temperature_divides_logits():
-    """token_log_probs is log_softmax(logits / T) at the ids, huge logits included."""
-    logits = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)) * 100
-    ids = torch.tensor([[0, 6, 3], [1, 1, 2]])
-    want = (logits.double() / 0.7).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-    torch.testing.assert_close(L.token_log_probs(logits, ids, 0.7).double(), want, rtol=1e-5, atol=1e-4)
+# ---------------------------------------------------------------- the kernel
+
+
+@pytest.fixture(params=["torch", "triton"])
+def path(request, monkeypatch):
+    """Small tiles, so that there are several; torch, then the Triton kernel in its interpreter"""
+    monkeypatch.setattr(L, "TOKENS", 5)
+    monkeypatch.setattr(L, "VOCAB", {"cpu": 16})
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        assert L.use_triton(torch.zeros(1))
+    return request.param
+
+
+def exact(hidden, weight, ids, temperature):
+    """The same in float64, by torch's own log_softmax"""
+    hidden = hidden.detach().double().requires_grad_(True)
+    log_p = (hidden @ weight.double().T / temperature).log_softmax(-1)
+    log_probs = log_p.gather(-1, ids[..., None])[..., 0]
+    (log_probs * torch.arange(1.0, ids.numel() + 1).view(ids.shape)).sum().backward()
+    return log_probs.detach(), -(log_p.exp() * log_p).sum(-1).detach(), hidden.grad
+
+
+def ours(hidden, weight, ids, temperature):
+    hidden = hidden.detach().clone().requires_grad_(True)
+    log_probs, entropy = L.token_log_probs(hidden, weight, ids, temperature)
+    (log_probs * torch.arange(1.0, ids.numel() + 1).view(ids.shape)).sum().backward()
+    return log_probs.detach(), entropy, hidden.grad
+
+
+SIZES = [((7,), 12, 37), ((2, 3), 8, 16), ((1,), 5, 1), ((11,), 4, 129), ((1, 1), 3, 15)]
+
+
+@pytest.mark.parametrize("shape,D,V", SIZES)
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+def test_fused_log_probs_against_float64(path, shape, D, V, temperature):
+    """Log-probs, entropy and gradient in f32, sizes off every tile, one token, a vocabulary of one."""
+    hidden, weight = torch.randn(*shape, D), torch.randn(V, D)
+    ids = torch.randint(V, shape)
+    for got, want in zip(ours(hidden, weight, ids, temperature), exact(hidden, weight, ids, temperature)):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-5)
+
+
+def test_fused_log_probs_in_bf16(path):
+    """Inputs in bf16: within what rounding the logits costs, and the gradient comes back in bf16."""
+    hidden, weight, ids = torch.randn(9, 16).bfloat16(), torch.randn(40, 16).bfloat16(), torch.randint(40, (9,))
+    got, want = ours(hidden, weight, ids, 1.0), exact(hidden, weight, ids, 1.0)
+    assert got[0].dtype == torch.float32 and got[2].dtype == torch.bfloat16
+    for g, w in zip(got, want):
+        torch.testing.assert_close(g.double(), w, rtol=0.02, atol=0.1)
+    assert (got[0].double() - want[0]).abs().mean() < 0.03
+
+
+def test_fused_log_probs_with_huge_logits(path):
+    """Logits of +-10,000, the largest in the first and in the last tile: finite, and those of float64."""
+    hidden, weight = torch.eye(2, 4) * 100, torch.randn(50, 4)
+    weight[0, 0], weight[49, 1], weight[3, 0] = 100.0, 100.0, -100.0
+    ids = torch.tensor([0, 49])
+    for got, want in zip(ours(hidden, weight, ids, 1.0), exact(hidden, weight, ids, 1.0)):
+        assert torch.isfinite(got).all()
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-3)
+    lost = torch.tensor([3, 3])  # the least probable token: -20,000 nats, not -inf
+    torch.testing.assert_close(
+        ours(hidden, weight, lost, 1.0)[0].double(), exact(hidden, weight, lost, 1.0)[0], rtol=1e-5, atol=1e-3
+    )
+
+
+def test_fused_log_probs_of_strided_and_empty_input(path):
+    """A transposed hidden gives the same numbers as its copy; no token gives empty results and an empty gradient."""
+    hidden, weight, ids = torch.randn(12, 7).T, torch.randn(21, 24)[:, ::2], torch.randint(21, (7,))
+    for a, b in zip(ours(hidden, weight, ids, 1.0), ours(hidden.contiguous(), weight.contiguous(), ids, 1.0)):
+        torch.testing.assert_close(a, b)
+    log_probs, entropy, grad = ours(hidden[:0], weight, ids[:0], 1.0)
+    assert log_probs.shape == entropy.shape == (0,) and grad.shape == (0, 12)
+
+
+def test_every_output_element_is_written(path, monkeypatch):
+    """torch.empty filled with NaN beforehand: none is left in log-probs, entropy or gradient."""
+    poisoned = lambda make: lambda *a, **k: make(*a, **k).fill_(float("nan"))
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    hidden, weight, ids = torch.randn(13, 6), torch.randn(35, 6), torch.randint(35, (13,))
+    assert all(torch.isfinite(x).all() for x in ours(hidden, weight, ids, 1.0))
+
+
+def test_the_two_paths_agree_and_so_does_the_reference(monkeypatch):
+    """Kernel, tiles of torch and the plain reference: one number."""
+    monkeypatch.setattr(L, "VOCAB", {"cpu": 16})
+    hidden, weight, ids = torch.randn(6, 8), torch.randn(50, 8), torch.randint(50, (6,))
+    tiles = L.token_log_probs(hidden, weight, ids, 0.9)
+    for a, b in zip(tiles, L.token_log_probs_ref(hidden, weight, ids, 0.9)):
+        torch.testing.assert_close(a, b)
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for a, b in zip(tiles, L.token_log_probs(hidden, weight, ids, 0.9)):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradcheck_of_the_tiled_path(monkeypatch):
+    """Numerical derivatives in float64, over several tiles."""
+    monkeypatch.setattr(L, "TOKENS", 3)
+    monkeypatch.setattr(L, "VOCAB", {"cpu": 4})
+    hidden, weight, ids = randomly(5, 3).requires_grad_(True), randomly(11, 3), torch.randint(11, (5,))
+    assert torch.autograd.gradcheck(lambda h: L.token_log_probs(h, weight, ids, 0.8)[0], hidden)
+
+
+def test_no_logits_are_ever_held(monkeypatch):
+    """The largest tensor that token_log_probs makes is a tile, not n x V."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    monkeypatch.setattr(L, "VOCAB", {"cpu": 64})
+    largest = [0]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                if torch.is_tensor(t):
+                    largest[0] = max(largest[0], t.numel())
+            return out
+
+    hidden, weight, ids = torch.randn(32, 8).requires_grad_(True), torch.randn(1000, 8), torch.randint(1000, (32,))
+    with Watch():
+        L.token_log_probs(hidden, weight, ids, 1.0)[0].sum().backward()
+    assert 32 * 64 <= largest[0] < 32 * 1000
+
+
+def test_without_grad_there_is_one_product_and_no_u(monkeypatch):
+    """Tiles x products: two with grad, one without."""
+    calls, product = [], L._product
+    monkeypatch.setattr(L, "_product", lambda *a: calls.append(1) or product(*a))
+    monkeypatch.setattr(L, "VOCAB", {"cpu": 10})
+    hidden, weight, ids = torch.randn(4, 6), torch.randn(30, 6), torch.randint(30, (4,))
+    L.token_log_probs(hidden, weight, ids, 1.0)
+    assert len(calls) == 3
+    L.token_log_probs(hidden.requires_grad_(True), weight, ids, 1.0)
+    assert len(calls) == 3 + 6
+
+
+def test_a_trainable_head_is_refused():
+    """Its gradient would be missing in silence."""
+    with pytest.raises(ValueError, match="lm_head"):
+        L.token_log_probs(torch.randn(2, 3), torch.randn(5, 3, requires_grad=True), torch.tensor([0, 1]), 1.0)
+
+
+def test_a_head_with_a_soft_cap_is_refused(tmp_path):
+    """Gemma 2 caps its logits: its log-probs would be wrong in silence."""
+    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained("nano/refiner")
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.5, pad_token_id=0, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="more than one matrix product in its head"):
+        L.Refiner(L.RefinerConfig(model=str(tmp_path)))
+
+
+def test_padding_costs_nothing(refiner, monkeypatch):
+    """The head sees completion tokens alone, and columns that are padding in all rows are cut off before the model."""
+    rewrites = refiner.rollout(PROMPTS, 2, seed=2)
+    rows = [0, 1]  # the shorter prompt alone
+    seen = {}
+    token_log_probs, hidden = L.token_log_probs, refiner.hidden
+    monkeypatch.setattr(L, "token_log_probs", lambda h, *a: seen.update(head=len(h)) or token_log_probs(h, *a))
+    monkeypatch.setattr(refiner, "hidden", lambda ids, a: seen.update(columns=ids.shape[1]) or hidden(ids, a))
+    log_probs, _ = refiner.log_probs(rewrites, rows)
+    assert seen["head"] == rewrites.mask[rows].sum() and seen["columns"] == rewrites.attention[rows].any(0).sum()
+    assert seen["columns"] < rewrites.ids.shape[1] and log_probs.shape == rewrites.mask[rows].shape
+    torch.testing.assert_close(log_probs.detach(), rewrites.old_log_probs[rows], rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------- LoRA and bad input
