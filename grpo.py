@@ -351,11 +351,9 @@ class Run:
         """Replay the window with grad; `updates` optimizer steps, each on an equal share of the prompt groups. advantage (B,)"""
         cfg, gen, window = self.cfg.generator, self.generator, len(trajectory.index)
         total = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "grad_norm": 0.0}
-        size = len(advantage) // groups
-        for share in np.array_split(np.arange(groups), min(self.cfg.updates, groups)):
-            rows = [int(p) * size + g for p in share for g in range(size)]
-            for chunk in gen.chunks(len(rows)):
-                b = [rows[i] for i in chunk]
+        shares = self.shares(groups, len(advantage) // groups)
+        for share in shares:
+            for b in share:
                 for k in range(window):
                     v, ref_v = gen.replay(trajectory, k, b), None  # (b, ...)
                     if cfg.beta:
@@ -365,12 +363,12 @@ class Run:
                     log_prob, guard, kl = G.sde_log_ratio(x, v, x_next, old_v, ref_v, *trajectory.coefficients[k])
                     log_ratio = guard if cfg.ratio == "guard" else log_prob - trajectory.log_prob[k][b]  # (b,)
                     loss, clipped = clipped_loss(log_ratio, advantage[b], cfg.clip_range)
-                    loss = (loss + cfg.beta * kl).sum() / (len(rows) * window)
+                    loss = (loss + cfg.beta * kl).sum() / (sum(map(len, share)) * window)
                     loss.backward()
                     total["loss"] += loss.item()
                     total["kl"] += kl.sum().item() / (len(advantage) * window)
                     total["clip_fraction"] += clipped.sum().item() / (len(advantage) * window)
-            total["grad_norm"] += self.optimize("generator", gen.parameters()) / min(self.cfg.updates, groups)
+            total["grad_norm"] += self.optimize("generator", gen.parameters()) / len(shares)
             gen.update_ema()
         return total
 
@@ -383,17 +381,21 @@ class Run:
         own = int(stage.keep_original)  # the user's own words stand first in each group, without LLM gradient
         weights = self.weights | {"format": cfg.format_penalty}
         advantage = advantages(scores, weights, P).view(P, N)[:, own:].flatten()  # (P*(N-own),)
-        alive = (~zero_std(scores, P)).repeat_interleave(N - own)  # zero-variance groups are dropped
+        alive = (~zero_std(scores, P)).repeat_interleave(N - own).tolist()  # zero-variance groups are dropped
         total = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "entropy": 0.0, "grad_norm": 0.0}
-        size = N - own
-        for share in np.array_split(np.arange(P), min(self.cfg.updates, P)):
-            rows = [int(p) * size + n for p in share for n in range(size) if alive[int(p) * size + n]]
-            tokens = max(rewrites.mask[rows].sum().item(), 1.0)
-            for chunk in llm.chunks(len(rows)):
-                b = [rows[i] for i in chunk]
+        shares = [[[r for r in b if alive[r]] for b in share] for share in self.shares(P, N - own)]
+        with torch.no_grad():  # the first share needs none: the policy is still the one that sampled
+            old = [[llm.log_probs(rewrites, b)[0] for b in share] for share in shares[1:]]
+        for n, share in enumerate(shares):
+            count = max(sum(map(len, share)), 1)
+            tokens = max(sum(rewrites.mask[b].sum().item() for b in share), 1.0)
+            for i, b in enumerate(share):
+                if not b:
+                    continue
                 (log_probs, entropy), mask = llm.log_probs(rewrites, b), rewrites.mask[b]  # (b, L)
+                old_log_probs = old[n - 1][i] if n else log_probs.detach()
                 loss, clipped = L.token_loss(
-                    log_probs, rewrites.old_log_probs[b], advantage[b].to(self.device), mask, cfg, len(rows), tokens
+                    log_probs, old_log_probs, advantage[b].to(self.device), mask, cfg, count, tokens
                 )
                 if cfg.beta:
                     with torch.no_grad(), llm.reference():
@@ -405,8 +407,14 @@ class Run:
                 total["loss"] += loss.item()
                 total["clip_fraction"] += clipped.item()
                 total["entropy"] += entropy.sum().item() / tokens
-            total["grad_norm"] += self.optimize("refiner", llm.parameters()) / min(self.cfg.updates, P)
+            total["grad_norm"] += self.optimize("refiner", llm.parameters()) / len(shares)
         return total
+
+    def shares(self, groups, size):
+        """`updates` equal shares of the prompt groups, each in micro-batches of row numbers: [[[row, ...], ...], ...]"""
+        parts = np.array_split(np.arange(groups * size).reshape(groups, size), min(self.cfg.updates, groups))
+        m = self.cfg.micro_batch
+        return [[rows[i : i + m].tolist() for i in range(0, len(rows), m)] for rows in (p.flatten() for p in parts)]
 
     def optimize(self, name, parameters):
         with self.phase("optimizer"):

@@ -69,7 +69,6 @@ class Rewrites:
     attention: torch.Tensor  # (B, K+L) 1 where a token is
     mask: torch.Tensor  # (B, L) f32, 1 on completion tokens, the end token included
     bad_format: torch.Tensor  # (B,) f32, 1 where no answer could be read
-    old_log_probs: torch.Tensor  # (B, L) nats, at the sampling temperature
 
 
 # ---------------------------------------------------------------- pure functions
@@ -214,28 +213,20 @@ class Refiner:
         width = heads["input_ids"].shape[1]
         completion = ids[:, width:]  # (P*N, L)
         eos = self.model.generation_config.eos_token_id
-        ended = torch.isin(completion, torch.tensor(eos, device=ids.device).flatten()).cumsum(1)
-        mask = (
-            ended - torch.isin(completion, torch.tensor(eos, device=ids.device).flatten()).long() == 0
-        ).float()  # the first end token counts
+        is_end = torch.isin(completion, torch.tensor(eos, device=ids.device).flatten())
+        ended = is_end.cumsum(1)
+        mask = (ended - is_end.long() == 0).float()  # (P*N, L), the first end token counts
         answers = [
             read_answer(tokenizer.decode(row[m > 0], skip_special_tokens=True)) for row, m in zip(completion, mask)
         ]
         own = [p for p in prompts for _ in range(num_rewrites)]
-        rewrites = Rewrites(
+        return Rewrites(
             texts=[a or p for a, p in zip(answers, own)],
             ids=ids,
             attention=torch.cat([heads["attention_mask"], mask.long()], 1),
             mask=mask,
             bad_format=torch.tensor([float(a is None) for a in answers]),
-            old_log_probs=torch.zeros_like(mask),
         )
-        for rows in self.chunks(len(ids)):
-            rewrites.old_log_probs[rows] = self.log_probs(rewrites, rows)[0]
-        return rewrites
-
-    def chunks(self, n):
-        return [list(range(i, min(i + self.micro_batch, n))) for i in range(0, n, self.micro_batch)]
 
     def log_probs(self, rewrites, rows):
         """Token log-probs, with grad, and entropies of some rows: (b, L) nats each, at the sampling temperature; zero where the mask is.
