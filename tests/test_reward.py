@@ -169,7 +169,7 @@ def test_a_bad_reward_is_named(function, message):
 @pytest.mark.parametrize(
     "config,message",
     [
-        (dict(kind="nonsense"), "kind 'nonsense'; expected classifier, clip or path"),
+        (dict(kind="nonsense"), "kind 'nonsense'; expected classifier, clip, vlm, omniaid, remote or path"),
         (dict(kind="no/such.py:f"), "kind 'no/such.py:f'; expected"),
         (dict(kind="classifier", model="tests"), "tests has no config.json"),
     ],
