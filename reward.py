@@ -10,16 +10,17 @@ A detector returns P(real). Kinds, each with a `model`, and in `args` the keywor
     clip          alignment: cosine by any CLIPModel (CLIP, LongCLIP, PickScore)
     vlm           an image-text model asked whether the picture is real or fake (Forensic-Chat)
     omniaid       CLIP ViT with low-rank experts behind a router (OmniAID); one expert without router is Effort
-    remote        the question of `vlm` to an OpenAI-compatible endpoint
+    remote        the question of `vlm` to an OpenAI-compatible endpoint that gives log-probs (vLLM, SGLang)
     file.py:name  your own function with the signature above or, where `args` are given, a factory of one
 
-Each reward is standardised in its own group before the weighted sum, so its scale never matters. A detector's `logits(images,
-prompts)` are (B, 2), [fake, real], differentiable in its weights; `trainable()` are the weights that a learning detector would learn.
+Each reward is standardised in its own group before the weighted sum, so its scale never matters. A detector's
+`logits(images, prompts)` are (B, 2), [fake, real], differentiable in its weights; `trainable()` lists the weights that
+a learning detector would learn.
 
-Size and codec: photographs come as JPEG and drawn pictures do not, so what the codec leaves behind could tell them apart, or be
-imitated. With `jpeg: 90` in its args a detector sees every picture after a JPEG round trip of that quality. It is off unless asked
-for: the nano photographs pass through the generator's autoencoder instead (`autoencode_photos`), and encoding costs CPU time.
-Photographs get the generator's size from `read_photos`.
+Size and codec: photographs come as JPEG and drawn pictures do not, so what the codec leaves behind could tell them
+apart, or be imitated. With `jpeg: 90` in its args a detector sees every picture after a JPEG round trip of that
+quality. It is off unless asked for: the nano photographs pass through the generator's autoencoder instead
+(`autoencode_photos`), and encoding costs CPU time. Photographs get the generator's size from `read_photos`.
 """
 
 import argparse
@@ -63,7 +64,7 @@ class RewardConfig:
 
 @dataclass
 class RewardsConfig:
-    """Who sees what: `train` is optimised, `validation` chooses the checkpoint, `heldout` is loaded by bench.py alone."""
+    """`train` is optimised, `validation` chooses the checkpoint, `heldout` is loaded by bench.py alone."""
 
     train: dict[str, RewardConfig] = field(default_factory=dict)
     validation: dict[str, RewardConfig] = field(default_factory=dict)
@@ -76,7 +77,7 @@ class RewardsConfig:
 
 
 def standardise(rewards):
-    """(P, G) rewards of P groups -> (r - mean) / (std + 1e-4), population std. 1e-4 keeps rounding from being an advantage."""
+    """(P, G) rewards of P groups -> (r - mean) / (std + 1e-4), population std; 1e-4 so that rounding is no advantage"""
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True, correction=0) + 1e-4)
 
 
@@ -161,7 +162,7 @@ def from_pretrained(cls, model, **options):
         return cls.from_pretrained(model, **options)
     except (OSError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{model} cannot be loaded ({reason}); expected a folder or a repository of the Hub") from error
+        raise ValueError(f"{model} cannot be loaded ({reason}); expected a folder or a Hub repository") from error
 
 
 def frozen(model, device):
@@ -169,7 +170,7 @@ def frozen(model, device):
 
 
 class ClassifierReward:
-    """P(real) by any AutoModelForImageClassification; which labels mean real is found by their names, never by position.
+    """P(real) by any AutoModelForImageClassification; labels are found by their names, never by position.
 
     real: labels that mean real, in any case; all others mean fake. jpeg: quality of a round trip, 0 for none.
     """
@@ -183,8 +184,8 @@ class ClassifierReward:
         self.fake = [i for i in labels if i not in self.real]
         if not self.real or not self.fake:
             raise ValueError(
-                f"{cfg.model}: no label of {list(labels.values())} means {'real' if self.fake else 'fake'}; expected one "
-                f"of {', '.join(real)} to mean real, and another one; args.real names other labels"
+                f"{cfg.model}: no label of {list(labels.values())} means {'real' if self.fake else 'fake'}; "
+                f"expected one of {', '.join(real)}, and another one; args.real names other labels"
             )
         self.preprocess, self.jpeg = Preprocess(cfg.model), jpeg
 
@@ -218,7 +219,7 @@ class ClipReward:
         self.preprocess = Preprocess(processor or cfg.model)
 
     def features(self, images, layer=None):
-        """(B,3,H,W) in [0,1] -> (B, D): the pooled picture, or the class token after block `layer`, normalised, for KID.
+        """(B,3,H,W) in [0,1] -> (B, D) for KID: the pooled picture, or the class token after block `layer`, normalised
 
         The deep features know the subject, early ones colour and texture.
         """
@@ -233,7 +234,7 @@ class ClipReward:
         before, self.seen = self.cut, self.seen + len(prompts)
         self.cut += sum(len(ids) > self.length for ids in self.tokenizer(prompts).input_ids)
         if self.cut.bit_length() > before.bit_length():
-            warnings.warn(f"{self.name} reads {self.length} tokens; {self.cut} of {self.seen} texts were longer and were cut")
+            warnings.warn(f"{self.name} reads {self.length} tokens; {self.cut} of {self.seen} texts were cut")
 
     def __call__(self, images, prompts):
         self.count_cut(list(prompts))
@@ -249,7 +250,7 @@ class ClipReward:
 
 
 def spellings(words):
-    """Each word as written, lower, Capitalised and UPPER, with and without the leading space of byte-level vocabularies"""
+    """Each word as written, lower, Capitalised and UPPER, with and without the leading space that vocabularies keep"""
     cased = {f(word) for word in words for f in (str, str.lower, str.capitalize, str.upper)}
     return sorted(cased | {" " + word for word in cased})
 
@@ -345,12 +346,12 @@ class ExpertLinear(nn.Module):
 
 
 class OmniAID(nn.Module):
-    """CLIP ViT whose attention projections are ExpertLinear, with the same gates in all layers; named as the checkpoints are.
+    """CLIP ViT whose attention projections are ExpertLinear, the same gates in all layers; names as in its files.
 
     The router picks `top_k` of the experts that it has outputs for, softmaxed over the picked. Experts that it has no
-    output for, and all without a router, have gate 1. It reads the mean patch embedding before `ln_pre` (V1) or, where the
-    checkpoint brings a frozen CLIP ViT as `feature_extractor`, that one's pooled output (V2). Sizes follow from the tensors,
-    save the width of a head, which does not show in them: 64, as in every CLIP ViT.
+    output for, and all where there is no router, have gate 1. It reads the mean patch embedding before `ln_pre` (V1)
+    or, where the checkpoint brings a frozen CLIP ViT as `feature_extractor`, its pooled output (V2). Sizes follow from
+    the tensors, save the width of a head, which does not show in them: 64, as in every CLIP ViT.
     """
 
     def __init__(self, state, top_k=2):
@@ -381,6 +382,8 @@ class OmniAID(nn.Module):
             hidden, routed = (len(state[f"gating_network.network.{i}.bias"]) for i in (0, 2))
             router = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, routed))
             self.gating_network = nn.ModuleDict({"network": router})
+            if not 1 <= top_k <= routed:
+                raise ValueError(f"args.top_k: {top_k}; expected 1 to {routed}, the outputs of the router")
         if any(k.startswith("feature_extractor.") for k in state):
             self.feature_extractor = CLIPVisionModel(config)
 
@@ -396,7 +399,8 @@ class OmniAID(nn.Module):
                 routing = self.feature_extractor(pixels).pooler_output  # (B, D)
         logits = self.gating_network["network"](routing)  # (B, routed experts)
         values, picked = logits.topk(self.top_k)  # (B, top_k)
-        return torch.cat([torch.zeros_like(logits).scatter(1, picked, values.softmax(-1)), ones[:, logits.shape[1] :]], 1)
+        routed = torch.zeros_like(logits).scatter(1, picked, values.softmax(-1))
+        return torch.cat([routed, ones[:, routed.shape[1] :]], 1)
 
     def forward(self, pixels):
         """normalised pixels (B,3,size,size) -> logits (B,2)"""
@@ -412,7 +416,7 @@ class OmniAID(nn.Module):
 
 
 def read_state(model, file=""):
-    """.pth with {"model": state dict}, or .safetensors -> {name: f32 tensor}. From a .pth only tensors are read, never code."""
+    """.pth with {"model": state dict}, or .safetensors -> {name: f32 tensor}. A .pth runs no code."""
     path = Path(model, file)
     if file and not Path(model).exists():
         from huggingface_hub import hf_hub_download
@@ -438,10 +442,10 @@ def read_state(model, file=""):
 class OmniAidReward:
     """P(real) by OmniAID or, with one expert and no router, Effort. `model`: a file, or a folder or Hub repository.
 
-    Preprocessing as published, on tensors: resized (bilinear, antialiased) to 512 x 512, then to the model's size, CLIP's
-    mean and std; in float, where theirs rounds to 8 bits in between. file: name in the folder or repository. real: index of
-    real in the head, 0 as published. top_k: experts that the router mixes. resize: pixels of the first resize, 0 for none.
-    jpeg: quality of a round trip, 0 for none.
+    Preprocessing as published, on tensors: resized (bilinear, antialiased) to 512 x 512, then to the model's size,
+    CLIP's mean and std; in float, where theirs rounds to 8 bits in between. file: name in the folder or repository.
+    real: index of real in the head, 0 as published. top_k: experts that the router mixes. resize: pixels of the first
+    resize, 0 for none. jpeg: quality of a round trip, 0 for none.
     """
 
     MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -496,14 +500,15 @@ def few(names, most=4):
 class RemoteReward:
     """P(real) by a vision model behind an OpenAI-compatible endpoint, from the log-probs of its answer's first token.
 
-    model: the name it is served under. url: of the endpoint, such as http://localhost:8000/v1. key_env: environment variable
-    that holds the API key; empty sends none. question, real, fake: as for `vlm`. jpeg: pictures travel as JPEG of this
-    quality, or as PNG where it is 0. timeout: seconds of one attempt, reading included. retries: after 429, 5xx, a time-out,
-    a lost connection or an unreadable answer, with waits of backoff x 1, 2, 4, ... seconds, at most 60. concurrency:
-    requests at a time. What then still fails ends the run with a ValueError that names URL and cause.
+    model: the name it is served under. url: of the endpoint, such as http://localhost:8000/v1. key_env: environment
+    variable that holds the API key; empty sends none. question, real, fake: as for `vlm`. jpeg: pictures travel as
+    JPEG of this quality, or as PNG where it is 0. timeout: seconds of one attempt, reading included. retries: after
+    429, 5xx, a time-out, a lost connection or an unreadable answer, with waits of backoff x 1, 2, 4, ... seconds, at
+    most 60. concurrency: requests at a time. What then still fails ends the run with a ValueError that names URL and
+    cause.
 
-    P(real) is renormalised over the listed alternatives that spell a word of `real` or `fake`; a side that is not listed
-    counts as likely as the least likely alternative, which is its upper bound.
+    P(real) is renormalised over the listed alternatives that spell a word of `real` or `fake`; a side that is not
+    listed counts as likely as the least likely alternative, which is its upper bound.
     """
 
     def __init__(self, cfg, device="cpu", *, url: str, key_env: str = "", question: str = QUESTION,
@@ -512,7 +517,7 @@ class RemoteReward:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"args.url: {url!r}; expected http://... or https://...")
         if key_env and not os.environ.get(key_env):
-            raise ValueError("args.key_env: no such environment variable; expected the name of the one with the API key")
+            raise ValueError("args.key_env: no such environment variable; expected the name of one with the API key")
         self.served, self.url, self.question, self.needs_prompt = cfg.model, url, question, "{prompt}" in question
         self.key = os.environ[key_env] if key_env else "none"  # without one the client would send the user's Hub token
         self.real, self.fake = ({word.strip().lower() for word in words} for words in (real, fake))
@@ -548,7 +553,7 @@ class RemoteReward:
                     request = client.chat_completion([{"role": "user", "content": content}], **options)
                     return self.parse(await asyncio.wait_for(request, self.timeout))
             except OfflineModeIsEnabled as error:
-                raise ValueError(f"{self.url}: HF_HUB_OFFLINE forbids the request; unset it for a remote reward") from error
+                raise ValueError(f"{self.url}: HF_HUB_OFFLINE forbids the request; unset it") from error
             except HfHubHTTPError as error:
                 status = error.response.status_code
                 problem = f"status {status} ({' '.join(error.response.text.split())[:100]})"
@@ -597,13 +602,14 @@ def check(configs):
             continue
         if not cfg.model:
             raise ValueError(f"rewards: {name}: no model; expected a folder or a repository of the Hub")
-        if Path(cfg.model).is_dir() and path not in ("omniaid", "remote") and not Path(cfg.model, "config.json").is_file():
+        saved = path in ("classifier", "clip", "vlm")  # by save_pretrained
+        if saved and Path(cfg.model).exists() and not Path(cfg.model, "config.json").is_file():
             raise ValueError(f"rewards: {name}: {cfg.model} has no config.json; expected a model of save_pretrained")
         check_args(f"rewards: {name}: args", KINDS[path], cfg.args)
 
 
 def check_args(where, kind, args):
-    """The options of a kind are the keyword arguments of its class; unknown, missing and mistyped ones raise ValueError."""
+    """A kind's options are the keyword arguments of its class; unknown, missing and mistyped ones raise ValueError."""
     options = {n: p for n, p in inspect.signature(kind).parameters.items() if p.kind is p.KEYWORD_ONLY}
     for key, value in args.items():
         if key not in options:
@@ -614,7 +620,8 @@ def check_args(where, kind, args):
         if expected is tuple:
             good = isinstance(value, (list, tuple)) and value and all(isinstance(word, str) for word in value)
         else:
-            good = type(value) in ((int, float) if expected is float else (expected,)) and (expected is str or value >= 0)
+            good = type(value) is expected or expected is float and type(value) is int
+            good = good and (expected is str or value >= 0)
         if not good:
             kinds = {tuple: "a list of words", int: "int, 0 or more", float: "float, 0 or more"}
             raise ValueError(f"{where}.{key}: {value!r}; expected {kinds.get(expected, expected.__name__)}")
@@ -624,7 +631,7 @@ def check_args(where, kind, args):
 
 
 def user_reward(cfg):
-    """`file.py:name`: a reward function, or, where `args` are given, a factory called once with them that returns one."""
+    """`file.py:name`: a reward function or, where `args` are given, a factory called once with them."""
     path, _, attribute = cfg.kind.partition(":")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -652,8 +659,7 @@ def load_rewards(configs, device="cpu"):
 
 @torch.no_grad()
 def score(rewards, images, prompts, micro_batch=64):
-    """Every reward of every picture: {name: (B,) f32 on the CPU}. ValueError names the reward that fails, or whose values
-    have a wrong shape or are not finite."""
+    """Every reward of every picture: {name: (B,) f32 on the CPU}. ValueError names one that fails."""
     scores = {}
     for name, reward in rewards.items():
         parts = []
@@ -668,7 +674,7 @@ def score(rewards, images, prompts, micro_batch=64):
                 raise ValueError(f"rewards: {name} returned shape {shape} for {n} pictures; expected ({n},)")
             if not torch.isfinite(value).all():
                 text = texts[int((~torch.isfinite(value)).nonzero()[0])]
-                raise ValueError(f"rewards: {name} returned a value that is not finite for {text!r}; expected finite ones")
+                raise ValueError(f"rewards: {name} returned a value that is not finite for {text!r}; it must be")
             parts.append(value.float().cpu())
         scores[name] = torch.cat(parts)
     return scores
@@ -714,7 +720,7 @@ def table(scores, pictures):
 def main(argv):
     """[config.yaml, pictures, key=value ...]: training and validation rewards of each picture, at the generator's size.
 
-    The prompt, for the rewards that read one, is a PNG's own text field `prompt`; without it the table has no value there.
+    The prompt, for rewards that read one, is a PNG's own text field `prompt`; a picture without it has no value there.
     Held-out detectors stay bench.py's. One reward is in memory at a time.
     """
     from grpo import load_config

@@ -265,7 +265,7 @@ def tiny_generator(checkpoints):
 
 
 def vlm(folder):
-    """A tiny Qwen2.5-VL with its processor; answer words in some spellings are single tokens, as in real vocabularies"""
+    """A tiny Qwen2.5-VL with its processor; some spellings of the answers are single tokens, as in real ones"""
     from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
     from transformers import Qwen2VLImageProcessorPil
 
@@ -304,7 +304,8 @@ def vlm(folder):
     # the class with tokenizer and pictures alone: its video part would need torchvision
     parts = {"get_attributes": classmethod(lambda _: ["image_processor", "tokenizer"])}
     small = Qwen2VLImageProcessorPil(size=dict(shortest_edge=28 * 28, longest_edge=56 * 56))
-    type("Qwen2_5_VLProcessor", (Qwen2_5_VLProcessor,), parts)(small, tokenizer, chat_template=template).save_pretrained(folder)
+    processor = type("Qwen2_5_VLProcessor", (Qwen2_5_VLProcessor,), parts)
+    processor(small, tokenizer, chat_template=template).save_pretrained(folder)
 
 
 def longclip(folder):
@@ -314,7 +315,8 @@ def longclip(folder):
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "nano/clip")
     small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     text = dict(vocab_size=len(tokenizer), max_position_embeddings=248, eos_token_id=tokenizer.eos_token_id)
-    config = CLIPConfig(text_config=small | text, vision_config=small | dict(image_size=32, patch_size=8), projection_dim=16)
+    vision = dict(image_size=32, patch_size=8)
+    config = CLIPConfig(text_config=small | text, vision_config=small | vision, projection_dim=16)
     torch.manual_seed(4)
     CLIPModel(config).save_pretrained(folder)
     tokenizer.model_max_length = 248
@@ -326,7 +328,7 @@ def longclip(folder):
 def omniaid(version="v1", width=128, depth=2, patch=8, size=32, seed=5):
     """The state dict of a tiny OmniAID under the published names.
 
-    v1: 6 experts of rank 1, router on the mean patch embedding. v2: rank 8, router on a frozen CLIP. effort: 1 expert, no router.
+    v1: 6 experts of rank 1, router on the mean patch embedding. v2: rank 8, router on a frozen CLIP. effort: 1 expert.
     """
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -342,8 +344,11 @@ def omniaid(version="v1", width=128, depth=2, patch=8, size=32, seed=5):
     def linear(name, out, inner):
         return {f"{name}.weight": normal(out, inner), f"{name}.bias": normal(out)}
 
-    state = {"embeddings.class_embedding": normal(width), "embeddings.patch_embedding.weight": normal(width, 3, patch, patch)}
-    state["embeddings.position_embedding.weight"] = normal((size // patch) ** 2 + 1, width)
+    state = {
+        "embeddings.class_embedding": normal(width),
+        "embeddings.patch_embedding.weight": normal(width, 3, patch, patch),
+        "embeddings.position_embedding.weight": normal((size // patch) ** 2 + 1, width),
+    }
     for i in range(depth):
         layer = f"encoder_layers.{i}"
         for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
@@ -362,8 +367,8 @@ def omniaid(version="v1", width=128, depth=2, patch=8, size=32, seed=5):
         state |= first | {k: 10 * v for k, v in last.items()}  # gates that differ between pictures
     if version == "v2":
         torch.manual_seed(seed)
-        vision = dict(hidden_size=width, intermediate_size=256, num_hidden_layers=depth, num_attention_heads=width // 64)
-        frozen = CLIPVisionModel(CLIPVisionConfig(**vision, image_size=size, patch_size=patch))
+        vision = dict(hidden_size=width, intermediate_size=256, num_hidden_layers=depth, image_size=size)
+        frozen = CLIPVisionModel(CLIPVisionConfig(**vision, num_attention_heads=width // 64, patch_size=patch))
         state |= {f"feature_extractor.{k}": v for k, v in frozen.state_dict().items()}
     return state
 
@@ -383,14 +388,15 @@ def reward_models(tmp_path_factory):
 
 
 class Endpoint:
-    """A stub of an OpenAI-compatible server on the loopback. `script` holds what the next requests get: a status, "slow",
-    "trickle", "garbled", "silent" (no log-probs), or a list of (token, log-prob); the last one is repeated."""
+    """A stub of an OpenAI-compatible server on the loopback. `script` holds what the next requests get: a status,
+    "slow", "trickle", "garbled", "silent" (no log-probs), or a list of (token, log-prob); the last one is repeated."""
 
     def __init__(self, script):
         import http.server
         import threading
 
-        self.script, self.requests, self.headers, self.together, self.most, self.stop = list(script), [], [], 0, 0, False
+        self.script, self.requests, self.headers, self.stop = list(script), [], [], False
+        self.together, self.most = 0, 0  # requests at this moment, and at the busiest
         outer, lock = self, threading.Lock()
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -432,8 +438,10 @@ class Endpoint:
                     handler.wfile.flush()
         listed = [{"token": t, "logprob": p} for t, p in step] if isinstance(step, list) else []
         logprobs = {"content": [{**listed[0], "top_logprobs": listed}]} if listed else None
-        choice = {"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": ""}, "logprobs": logprobs}
-        data = b"<html>" if step == "garbled" else json.dumps({"id": "x", "model": "m", "created": 0, "choices": [choice]}).encode()
+        message = {"role": "assistant", "content": ""}
+        choice = {"index": 0, "finish_reason": "length", "message": message, "logprobs": logprobs}
+        whole = json.dumps({"id": "x", "model": "m", "created": 0, "choices": [choice]})
+        data = b"<html>" if step == "garbled" else whole.encode()
         handler.send_response(step if isinstance(step, int) else 200)
         handler.send_header("Content-Type", "application/json")
         handler.send_header("Content-Length", str(len(data)))
