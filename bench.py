@@ -1,46 +1,108 @@
-"""RealBench, its Detector-Scoring part: did pictures become more real, and how sure is that?
+"""RealBench: did pictures become more real, and how sure is that?
 
-    python bench.py config.yaml [key=value ...]        after python grpo.py config.yaml
+    python bench.py config.yaml [key=value ...]     after python grpo.py config.yaml
+    python bench.py config.yaml bench.judge.kind=openai bench.judge.model=gpt-5 bench.pairs=64
+    python bench.py config.yaml bench.human=votes.csv          votes saved by the voting page of bench.html
 
-The same test prompts and noise are drawn by four contestants, `base`, `refiner` (rewritten prompts, base generator), `generator` (plain
-prompts, trained generator) and `both`, with Euler sampling; held-out `photographs` are scored beside them. Writes <out>/bench.json:
+Contestants: `base`, `refiner` (rewritten prompts, base generator), `generator` (plain prompts, trained generator), `both`, the folders
+of bench.contestants, and `photographs`; the same test prompts and noise for all, Euler sampling. Every picture, a photograph too, becomes
+one JPEG of one size under <out>/bench/pictures, named by what made it (weights, text, noise, steps), so that nothing is drawn twice, no
+two models share a picture, and detectors, judges and people see the same file. Detector-Scoring asks every reward and held-out detector;
+Arena-Scoring asks a judge which of two pictures is more real, in both orders: an answer that changes with the order is a tie.
 
-    scores.<contestant>.<metric>      {"mean", "low", "high"}    95% interval
-    difference.<contestant>.<metric>  {"mean", "low", "high"}    contestant - base, paired by prompt
+<out>/bench.json; v = {"mean", "low", "high"}, a 95% interval:
+
+    pictures                                per own contestant
+    missing.<contestant>                    names of pictures that are not there or cannot be read
+    scores.<contestant>.<metric>            v
+    difference.<contestant>.<metric>        v    contestant - base, paired by prompt
+    real.<contestant>.<detector|judge>      v    share judged real: P(real) > 0.5, or the judge's verdict on one picture
+    categories.<category>.<contestant>.<metric>   v    where bench.categories names them
+    arena.<a>.<b>                           {"win", "tie", "loss", "errors", "rate", "low", "high"}   of a against b; a tie is half a win
+    rating.<contestant>                     v    Bradley-Terry, 400 points are odds of 10 to 1, the mean of all is 1000
+    judge                                   {"name", "pairs", "answered", "unparsed", "failed", "calls", "calls_total",
+                                             "position_bias", "order_changed"}
+    human                                   {"votes", "compared", "tau": v, "rho": v, "agreement": v, "rating": {contestant: v}}
+    selftest.<distortion>.<measure>         {"levels": [untouched, weak, middle, strong], "tau": v, "below", "ordered"}
 
 Metrics: each training reward (`alignment` is against the user's prompt), each held-out detector, `reward` (training rewards by weight),
-`heldout` (mean of the held-out detectors), `kid` (to the photographs, lower is better). Intervals: prompts are resampled, not pictures, because pictures of one prompt are alike; for photographs,
-pictures. KID is no mean, so its interval comes from random halves: a half drawn without replacement varies around the whole
-as the whole varies around the truth.
+`heldout` (mean of the held-out detectors), `kid` (to the photographs, lower is better). position_bias: share of answers that name the
+first picture, 0.5 is none. Intervals: prompts are resampled, not pictures, because pictures of one prompt are alike; for photographs,
+pictures. KID is no mean, so its interval comes from random halves: a half drawn without replacement varies around the whole as the
+whole varies around the truth.
 """
 
+import base64
+import csv
+import hashlib
+import http.client
+import io
 import json
+import os
+import re
 import sys
+import threading
 import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
 
 import grpo
 import reward as R
 
 BENCH = 7919  # seed of the bench's noise: the same pictures are drawn whatever the seed of the run
+OWN = ("base", "refiner", "generator", "both")
+CODEC = dict(format="JPEG", quality=95, subsampling=0)  # of every picture, so that no codec gives a side away
+BACKOFF = 1.0  # seconds before the first retry of a judge; doubles
+MAX_TOKENS = 256  # of a local judge's reply
+GIVE_UP = 10  # questions that fail in a row before the run stops
+
+
+@dataclass
+class Contestant:
+    files: list  # per unit (a prompt; a photograph) the list of its cached pictures, empty where missing
+    texts: list  # per unit the user's prompt or the caption
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def interval(value, draws):
+    """A figure and its resampled values -> {"mean", "low", "high"}: 95% percentile interval"""
+    low, high = np.nanpercentile(draws, [2.5, 97.5])
+    return {"mean": float(value), "low": float(low), "high": float(high)}
+
+
+def unit_means(values):
+    """(units, pictures), NaN where a picture is missing -> (units,)"""
+    values = np.asarray(values, dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        return np.nansum(values, 1) / (~np.isnan(values)).sum(1)
 
 
 def bootstrap(values, resamples, rng):
-    """values (units, pictures) -> {"mean", "low", "high"}: percentile interval over resampled units"""
-    units = np.asarray(values, dtype=np.float64).mean(1)  # (units,)
-    means = units[rng.integers(0, len(units), (resamples, len(units)))].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {"mean": float(units.mean()), "low": float(low), "high": float(high)}
+    """values (units, pictures) -> {"mean", "low", "high"}: percentile interval over resampled units; None if there are none"""
+    units = unit_means(values)
+    units = units[~np.isnan(units)]
+    if not len(units):
+        return None
+    return interval(units.mean(), units[rng.integers(0, len(units), (resamples, len(units)))].mean(1))
 
 
 def kid_interval(features, base, photos, resamples, rng):
     """KID of features (units, pictures, D) to photos (m, D), and its difference to base's -> two {"mean", "low", "high"}"""
 
     def whole(x, rows, reals):
-        return R.kid(x[rows].flatten(0, 1), photos[reals])
+        x = x[rows].flatten(0, 1)
+        return R.kid(x[~x.isnan().any(1)], photos[reals])  # NaN: a missing picture
 
     everything = whole(features, slice(None), slice(None)), whole(base, slice(None), slice(None))
     draws = []
@@ -51,60 +113,684 @@ def kid_interval(features, base, photos, resamples, rng):
     draws = np.array(draws)  # (draws, 2)
     results = []
     for center, values in ((everything[0], draws[:, 0]), (everything[0] - everything[1], draws[:, 0] - draws[:, 1])):
-        low, high = np.percentile(values - values.mean(), [2.5, 97.5]) + center
-        results.append({"mean": float(center), "low": float(low), "high": float(high)})
+        results.append(interval(center, values - values.mean() + center))
     return results
 
 
-def draw(run, cfg, prompts):
-    """{contestant: pictures (P*M, 3, H, W)}, prompt-major, the same noise for all; trained weights come from <out>"""
-    out, M = Path(cfg.out), cfg.bench.images
-    contestants = {"base": run.draw(prompts, M, BENCH, False)[0]}
-    if run.refiner:
-        run.refiner.load_lora(out / "refiner")
-        contestants["refiner"] = run.draw(prompts, M, BENCH, True)[0]
-    run.generator.load_lora(out / "generator")
-    contestants["generator"] = run.draw(prompts, M, BENCH, False)[0]
-    if run.refiner:
-        contestants["both"] = run.draw(prompts, M, BENCH, True)[0]
-    return contestants
+def bradley_terry(wins):
+    """wins (..., n, n): how often i beat j, ties as half -> ratings (..., n), 400 log10 of the odds, mean 1000
+
+    Hunter's MM iteration (2004). One tie is added to each pair: who won or lost everything stays finite.
+    """
+    wins = wins + 0.5 * (1 - np.eye(wins.shape[-1]))
+    games, strength = wins + wins.swapaxes(-1, -2), np.ones(wins.shape[:-1])
+    for _ in range(2000):
+        expected = (games / (strength[..., :, None] + strength[..., None, :])).sum(-1)
+        new = wins.sum(-1) / expected  # (..., n)
+        new /= np.exp(np.log(new).mean(-1, keepdims=True))
+        moved, strength = np.abs(np.log(new / strength)).max(), new
+        if moved < 1e-7:
+            break
+    return 1000 + 400 * np.log10(strength)
 
 
-def score(run, cfg, contestants, photos, captions, prompts):
-    """-> (scores, difference), see the module's docstring"""
-    rewards = run.rewards | R.load_rewards(cfg.rewards.heldout, run.device)
-    held, M = list(cfg.rewards.heldout), cfg.bench.images
-    owners = [p for p in prompts for _ in range(M)]
-    values, features = {}, {}
-    for name, images in (contestants | {"photographs": photos}).items():
-        texts = captions if name == "photographs" else owners
-        raw = R.score(rewards, images, texts, cfg.micro_batch)
+def order(x):
+    """(..., n) -> (..., n, n): sign of x_i - x_j"""
+    return np.sign(np.asarray(x)[..., :, None] - np.asarray(x)[..., None, :])
+
+
+def correlation(a, b, axes):
+    """sum ab / sqrt(sum a^2 sum b^2); 0 where one side has no order at all"""
+    norm = np.sqrt((a**2).sum(axes) * (b**2).sum(axes))
+    return np.where(norm > 0, (a * b).sum(axes) / np.where(norm > 0, norm, 1), 0.0)
+
+
+def kendall(x, y):
+    """Kendall's tau-b of (..., n) and (..., n) -> (...)"""
+    return correlation(order(x), order(y), (-2, -1))
+
+
+def spearman(x, y):
+    """Spearman's rho: Pearson of average ranks, which are, up to a shift, half the row sums of `order`"""
+    return correlation(order(x).sum(-1), order(y).sum(-1), -1)
+
+
+def resample(units, resamples, rng):
+    """How often each unit is drawn: (1 + resamples, units); row 0 is the data itself"""
+    return np.concatenate([np.ones((1, units)), rng.multinomial(units, np.full(units, 1 / units), resamples)])
+
+
+# ---------------------------------------------------------------- contestants
+
+
+def key(*parts):
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def fingerprint(modules):
+    """Up to 64 values of every tensor, so that weights are known by what they are, LoRA included, not by a folder's name"""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, value in module.state_dict().items():
+            flat = value.detach().flatten()
+            digest.update(f"{name}{tuple(value.shape)}".encode())
+            digest.update(flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_picture(image, path):
+    """(3,H,W) in [0,1] -> the common codec, without metadata; a kill leaves no half picture"""
+    picture = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+    picture.save(path.with_suffix(".part"), **CODEC)
+    path.with_suffix(".part").replace(path)
+
+
+def rewrites(run, cfg, prompts, folder):
+    """Another rewrite for each picture -> P*M texts; kept on disk, 32 prompts at a time"""
+    texts, M = [], cfg.bench.images
+    weights = fingerprint([run.refiner.model])
+    for first in range(0, len(prompts), 32):
+        chunk, seed, r = prompts[first : first + 32], BENCH + first, cfg.refiner
+        name = key(weights, chunk, M, seed, r.system_prompt, r.max_new_tokens, r.temperature, cfg.dtype)
+        path = folder / f"rewrites_{name}.json"
+        if not path.exists():
+            path.write_text(json.dumps(run.refiner.rollout(chunk, M, seed).texts))
+        texts += json.loads(path.read_text())
+    return texts
+
+
+def draw_contestant(run, cfg, prompts, rewritten, folder, bar):
+    """-> Contestant, prompt by prompt; only pictures that are not on disk are drawn"""
+    g, M = cfg.generator, cfg.bench.images
+    texts = rewrites(run, cfg, prompts, folder) if rewritten else [p for p in prompts for _ in range(M)]
+    noise = [(BENCH, grpo.EVALUATION, p, m) for p in range(len(prompts)) for m in range(M)]  # the same for all
+    weights = fingerprint(part for part in run.generator.pipe.components.values() if isinstance(part, torch.nn.Module))
+    made_by = (weights, g.height, g.width, g.num_steps, g.call, cfg.dtype)
+    files = [folder / "pictures" / f"{key(made_by, text, n)}.jpg" for text, n in zip(texts, noise)]
+    todo = [i for i, file in enumerate(files) if not file.exists()]
+    bar.update(len(files) - len(todo))
+    for start in range(0, len(todo), cfg.micro_batch):
+        rows = todo[start : start + cfg.micro_batch]
+        images = run.generator.sample([texts[i] for i in rows], [noise[i] for i in rows])  # (b, 3, H, W)
+        for i, image in zip(rows, images):
+            write_picture(image, files[i])
+        bar.update(len(rows))
+    return Contestant([files[p * M : (p + 1) * M] for p in range(len(prompts))], prompts)
+
+
+def draw(run, cfg, prompts, folder):
+    """{name: Contestant} of the run itself; trained weights come from <out>"""
+    out, own, todo = Path(cfg.out), {}, [n for n in OWN if run.refiner or n in ("base", "generator")]
+    with tqdm(total=len(todo) * len(prompts) * cfg.bench.images, desc="draw") as bar:
+        for name in todo:
+            if name == "refiner":
+                run.refiner.load_lora(out / "refiner")
+            if name == "generator":
+                run.generator.load_lora(out / "generator")
+            own[name] = draw_contestant(run, cfg, prompts, name in ("refiner", "both"), folder, bar)
+    return own
+
+
+def listing(where, path, prompts):
+    """A folder of 00000.jpg, 00001.jpg ... by the prompt's index, or JSON lines {"image", "prompt"} -> [(file, text)]"""
+    path = Path(path)
+    if path.is_file():
+        try:
+            rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+            return [(path.parent / row["image"], row["prompt"]) for row in rows]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{where}: {path}: {error!r}; expected JSON lines {{"image", "prompt"}}') from error
+    if not path.is_dir():
+        raise ValueError(f'{where}: {path} does not exist; expected a folder of 00000.jpg ... or JSON lines {{"image", "prompt"}}')
+    found = {int(f.stem): f for f in sorted(path.iterdir()) if f.stem.isdigit()}
+    if not found or max(found) >= len(prompts):
+        what = f"picture {found[max(found)].name}" if found else "no picture named by a number"
+        raise ValueError(
+            f"{where}: {path} has {what}, but there are {len(prompts)} prompts; "
+            f"expected 00000.jpg to {len(prompts) - 1:05d}.jpg, one a prompt"
+        )
+    return [(found.get(i, path / f"{i:05d}.jpg"), prompt) for i, prompt in enumerate(prompts)]
+
+
+def adopt(run, cfg, where, rows, folder, photographs=False):
+    """Pictures from elsewhere into the common size and codec: rows [(file, text)] -> [cached file or None], names of the missing
+
+    Photographs are cropped to the generator's size and, with autoencode_photos, pass through its autoencoder; a contestant of
+    another size is refused.
+    """
+    size, cached, missing = (cfg.generator.height, cfg.generator.width), [], []
+    through = fingerprint([run.generator.pipe.vae]) if photographs and cfg.autoencode_photos else None
+    for file, _ in tqdm(rows, desc=f"read {where}", leave=False):
+        try:
+            target = folder / "pictures" / f"{key(hashlib.sha256(file.read_bytes()).hexdigest(), size, through)}.jpg"
+            image = None if target.exists() else R.read_image(file, size if photographs else None)
+        except (OSError, ValueError):
+            missing.append(file.name)
+            cached.append(None)
+            continue
+        if image is not None:
+            if image.shape[1:] != size:
+                raise ValueError(
+                    f"{where}: {file} is {image.shape[2]} x {image.shape[1]} pixels; expected {size[1]} x {size[0]} "
+                    "(generator.width x height) like every other contestant: draw or resize it to that"
+                )
+            write_picture(run.real(image[None])[0] if through else image, target)
+        cached.append(target)
+    if len(rows) - len(missing) < 4:
+        raise ValueError(f"{where}: {len(rows) - len(missing)} pictures can be read; expected at least 4")
+    if missing:
+        print(f"{where}: {len(missing)} of {len(rows)} pictures are missing or unreadable: {', '.join(missing)}")
+    return cached, missing
+
+
+def gather(run, cfg, prompts, folder):
+    """Every contestant, photographs last -> {name: Contestant}, {name: names of missing pictures}"""
+    contestants, missing = draw(run, cfg, prompts, folder), {}
+    for name, path in cfg.bench.contestants.items():
+        rows = listing(f"bench.contestants.{name}", path, prompts)
+        cached, missing[name] = adopt(run, cfg, f"bench.contestants.{name}", rows, folder)
+        files = [[f for f, (_, text) in zip(cached, rows) if f and text == prompt] for prompt in prompts]
+        if Path(path).is_dir():  # by index, because two prompts may have the same text
+            files = [[f] if f else [] for f in cached]
+        contestants[name] = Contestant(files, prompts)
+    rows = listing("test_photos", cfg.test_photos, prompts)
+    cached, missing["photographs"] = adopt(run, cfg, "test_photos", rows, folder, photographs=True)
+    kept = [(f, text) for f, (_, text) in zip(cached, rows) if f]
+    contestants["photographs"] = Contestant([[f] for f, _ in kept], [text for _, text in kept])
+    return contestants, {name: names for name, names in missing.items() if names}
+
+
+# ---------------------------------------------------------------- Detector-Scoring
+
+
+@torch.no_grad()
+def over(contestant, cfg, device, function):
+    """function(images (b,3,H,W), texts) -> {name: (b, ...)}, over all pictures -> {name: (units, pictures, ...)}, NaN where none"""
+    rows = [(u, k, f) for u, files in enumerate(contestant.files) for k, f in enumerate(files)]
+    parts = []
+    for i in range(0, len(rows), cfg.micro_batch):
+        chunk = rows[i : i + cfg.micro_batch]
+        images = torch.stack([R.read_image(f) for _, _, f in chunk]).to(device)
+        parts.append(function(images, [contestant.texts[u] for u, _, _ in chunk]))
+    u, k, _ = zip(*rows)
+    result = {}
+    for name in parts[0]:
+        flat = torch.cat([p[name] for p in parts])  # (pictures, ...)
+        result[name] = torch.full((len(contestant.files), max(k) + 1, *flat.shape[1:]), torch.nan)
+        result[name][list(u), list(k)] = flat
+    return result
+
+
+def detect(run, cfg, contestants, heldout):
+    """{contestant: {metric: (units, pictures)}}, {contestant: features (units, pictures, D)}"""
+
+    def measure(images, texts):
+        raw = R.score(run.rewards | heldout, images, texts, cfg.micro_batch)
         raw["reward"] = run.combine(raw)
-        if held:
-            raw["heldout"] = torch.stack([raw[h] for h in held]).mean(0)
-        values[name] = {m: v.view(-1, 1 if name == "photographs" else M).numpy() for m, v in raw.items()}
-        features[name] = run.features(images)
-    real = features.pop("photographs")
-    scores, difference = {}, {}
+        if heldout:
+            raw["heldout"] = torch.stack([raw[h] for h in heldout]).mean(0)
+        return raw | {"features": run.features(images)}
+
+    values = {name: over(c, cfg, run.device, measure) for name, c in tqdm(contestants.items(), desc="score")}
+    features = {name: v.pop("features") for name, v in values.items()}
+    return {name: {m: x.numpy() for m, x in v.items()} for name, v in values.items()}, features
+
+
+def detector_scoring(cfg, values, features):
+    """-> scores, difference, real: see the module's docstring"""
+    rewards, n = cfg.rewards.train | cfg.rewards.heldout, cfg.bench.resamples
+    detectors = [m for m, r in rewards.items() if r.kind != "clip" and ":" not in r.kind]  # these return P(real)
+    detectors += ["heldout"] if cfg.rewards.heldout and set(cfg.rewards.heldout) <= set(detectors) else []
+    photos = features["photographs"].flatten(0, 1)
+    scores, difference, real = {}, {}, {}
     for name, metrics in values.items():
         rng = np.random.default_rng(BENCH)  # the same resamples for all contestants: differences are paired
-        scores[name] = {m: bootstrap(v, cfg.bench.resamples, rng) for m, v in metrics.items()}
-        if name == "photographs":
-            continue
-        difference[name] = {m: bootstrap(v - values["base"][m], cfg.bench.resamples, rng) for m, v in metrics.items()}
-        shaped, base = (features[n].view(-1, M, real.shape[1]) for n in (name, "base"))
-        scores[name]["kid"], difference[name]["kid"] = kid_interval(shaped, base, real, cfg.bench.resamples, rng)
-    return scores, difference
+        scores[name] = {m: bootstrap(v, n, rng) for m, v in metrics.items()}
+        share = {m: np.where(np.isnan(metrics[m]), np.nan, metrics[m] > 0.5) for m in detectors}
+        if name != "photographs":
+            paired = {m: (unit_means(v) - unit_means(values["base"][m]))[:, None] for m, v in metrics.items()}
+            difference[name] = {m: bootstrap(v, n, rng) for m, v in paired.items()}
+            scores[name]["kid"], difference[name]["kid"] = kid_interval(features[name], features["base"], photos, n, rng)
+        real[name] = {m: bootstrap(v, n, rng) for m, v in share.items()}
+    return scores, difference, real
+
+
+def by_category(cfg, values, contestants, prompts, categories):
+    """{category: {contestant: {metric: v}}}; a photograph has the category of the prompt that its caption is"""
+    known, result = dict(zip(prompts, categories)), {}
+    for category in dict.fromkeys(categories):
+        for name, metrics in values.items():
+            units = categories if name != "photographs" else [known.get(t) for t in contestants[name].texts]
+            rows = [i for i, c in enumerate(units) if c == category]
+            rng = np.random.default_rng(BENCH)
+            row = {m: bootstrap(v[rows], cfg.bench.resamples, rng) for m, v in metrics.items()}
+            if any(row.values()):
+                result.setdefault(category, {})[name] = row
+    return result
+
+
+# ---------------------------------------------------------------- the judge
+
+TASK = """You are shown {what}. Look for what cameras do not do: anatomy and faces (hands, eyes, teeth, skin like wax), \
+repetition (copied details, texture that repeats), lighting (shadows and reflections that disagree), edges (halos, outlines \
+that melt into each other) and colour consistency (casts, saturation no lens would give). Do not judge beauty, subject or size. """
+QUESTIONS = {  # kind: (the question, what may be answered)
+    "pair": (
+        TASK.format(what="two pictures of the same subject")
+        + 'Which one is more likely to be an unedited photograph? Reply with JSON only: {"anatomy": ..., "repetition": ..., '
+        '"lighting": ..., "edges": ..., "colour": ..., "answer": ...}, each "first", "second" or "tie".',
+        ("first", "second", "tie"),
+    ),
+    "single": (
+        TASK.format(what="a picture")
+        + 'Is it an unedited photograph ("real") or made by a computer ("fake")? Reply with JSON only: {"answer": "real" or "fake"}.',
+        ("real", "fake"),
+    ),
+}
+
+
+def parse(text, allowed):
+    """A judge's reply -> one of `allowed`, or None: the last "answer" of the JSON, or a reply that is little more than the word"""
+    text, words = text.rpartition("</think>")[2].lower(), "|".join(allowed)
+    found = re.findall(rf"\banswer\W*(?:is\W+)?(?:the\W+)?({words})\b", text)
+    found = found or re.findall(rf"^\W*(?:the\W+)?({words})(?:\W+(?:picture|image|one))?\W*$", text)
+    return found[-1] if found else None
+
+
+class Judge:
+    """Answers ("pair", picture, picture) and ("single", picture), pictures by their key. A model's replies are logged and never asked again."""
+
+    def __init__(self, cfg, folder, realness, device):
+        """realness {picture: mean of the held-out detectors}, which is all that the detector judge looks at"""
+        self.cfg, self.folder, self.realness, self.device = cfg, folder, realness, device
+        self.name = " ".join(w for w in (cfg.kind, cfg.model, cfg.base_url if cfg.kind == "openai" else "") if w)
+        self.log, self.lock, self.model = folder / "judgements.jsonl", threading.Lock(), None
+        self.answers, self.errors, self.calls, self.calls_total = {}, {}, 0, 0
+        text = self.log.read_text() if self.log.exists() else ""
+        if text and not text.endswith("\n"):  # killed while it wrote
+            self.log.write_text(text := text[: text.rfind("\n") + 1])
+        for row in map(json.loads, text.splitlines()):
+            if row["judge"] == self.name and row["wording"] == key(QUESTIONS[row["pictures"][0]]):
+                self.calls_total += row["calls"]
+                if row["answer"]:
+                    self.answers[tuple(row["pictures"])] = row["answer"]
+
+    def ask(self, questions):
+        """Afterwards self.answers holds what could be answered, self.errors the rest by reason"""
+        questions = [q for q in dict.fromkeys(questions) if q not in self.answers]
+        if self.cfg.kind == "detector":
+            self.answers |= {q: self.compare(q) for q in questions}
+        elif questions:
+            self.ask_model(questions)
+
+    def compare(self, question):
+        values = [self.realness[picture] for picture in question[1:]]
+        if question[0] == "single":
+            return "real" if values[0] > 0.5 else "fake"
+        return "tie" if values[0] == values[1] else "first" if values[0] > values[1] else "second"
+
+    def ask_model(self, questions):
+        if self.cfg.kind == "vlm":
+            self.load_vlm()
+        in_a_row = 0
+        with (
+            ThreadPoolExecutor(self.cfg.concurrency if self.cfg.kind == "openai" else 1) as pool,
+            tqdm(total=len(questions), desc="judge") as bar,
+        ):
+            futures = [pool.submit(self.ask_one, q) for q in questions]
+            try:
+                for future in as_completed(futures):
+                    error = future.result()
+                    bar.update()
+                    in_a_row = in_a_row + 1 if error and error != "unparsed" else 0
+                    if in_a_row == min(GIVE_UP, len(questions)):
+                        raise ValueError(f"bench.judge: {self.name}: {in_a_row} questions in a row failed, the last with {error}")
+            except BaseException as stop:
+                pool.shutdown(cancel_futures=True)  # waits for what is under way, which is kept
+                if isinstance(stop, ValueError):
+                    raise ValueError(
+                        f"{stop}; the {len(self.answers)} judgements so far are kept in {self.log}, run again to go on"
+                    ) from stop
+                raise
+
+    def ask_one(self, question):
+        """Ask, parse, log -> None or the reason why there is no answer"""
+        text, allowed = QUESTIONS[question[0]]
+        files = [self.folder / "pictures" / f"{picture}.jpg" for picture in question[1:]]
+        reply, error, calls = (self.reply_vlm if self.cfg.kind == "vlm" else self.reply_openai)(files, text)
+        answer = parse(reply, allowed) if error is None else None
+        error = error or (None if answer else "unparsed")
+        row = {"judge": self.name, "wording": key(QUESTIONS[question[0]]), "pictures": question, "answer": answer}
+        with self.lock:
+            with open(self.log, "a") as file:
+                file.write(json.dumps(row | {"error": error, "calls": calls, "reply": reply}) + "\n")
+            self.calls, self.calls_total = self.calls + calls, self.calls_total + calls
+            if answer:
+                self.answers[question] = answer
+            else:
+                self.errors[question] = error
+        return error
+
+    def reply_openai(self, files, text):
+        """POST <base_url>/chat/completions, with retries -> reply, error, calls made"""
+        data = [f"data:image/jpeg;base64,{base64.b64encode(f.read_bytes()).decode()}" for f in files]
+        content = [{"type": "image_url", "image_url": {"url": url}} for url in data] + [{"type": "text", "text": text}]
+        body = json.dumps({"model": self.cfg.model, "messages": [{"role": "user", "content": content}]}).encode()
+        headers = {"Content-Type": "application/json"}
+        if self.cfg.key:
+            headers["Authorization"] = f"Bearer {os.environ[self.cfg.key]}"
+        request = urllib.request.Request(f"{self.cfg.base_url.rstrip('/')}/chat/completions", body, headers)
+        for attempt in range(self.cfg.retries + 1):
+            wait = BACKOFF * 2**attempt
+            try:
+                with urllib.request.urlopen(request, timeout=self.cfg.timeout) as response:
+                    return json.loads(response.read())["choices"][0]["message"]["content"] or "", None, attempt + 1
+            except urllib.error.HTTPError as problem:
+                error = f"HTTP {problem.code}"
+                if problem.code in (401, 403, 404):
+                    remedy = f"the key in {self.cfg.key or 'bench.judge.key'}, bench.judge.model and bench.judge.base_url"
+                    raise ValueError(f"bench.judge: {self.name} answers {error}; check {remedy}") from problem
+                if problem.code < 500 and problem.code not in (408, 409, 429):
+                    return "", error, attempt + 1  # this question is refused; asking again changes nothing
+                after = problem.headers.get("Retry-After", "")
+                wait = min(float(after), 60.0) if after.isdigit() else wait
+            except (OSError, http.client.HTTPException) as problem:  # no connection, reset, time-out
+                error = str(getattr(problem, "reason", problem)) or type(problem).__name__
+            except (ValueError, KeyError, IndexError, TypeError):
+                error = "a reply that is no chat completion"
+            if attempt < self.cfg.retries:
+                time.sleep(wait)
+        return "", error, self.cfg.retries + 1
+
+    def load_vlm(self):
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        try:
+            self.processor = AutoProcessor.from_pretrained(self.cfg.model)
+            self.model = AutoModelForImageTextToText.from_pretrained(self.cfg.model, dtype="auto").to(self.device).eval()
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"bench.judge.model: {self.cfg.model} cannot be loaded ({str(error).splitlines()[0]}); "
+                "expected a folder or repository of an image-text-to-text model"
+            ) from error
+
+    @torch.no_grad()
+    def reply_vlm(self, files, text):
+        """Both pictures in one message of the model's own chat template; greedy -> reply, error, calls made"""
+        content = [{"type": "image", "image": Image.open(f).convert("RGB")} for f in files]
+        inputs = self.processor.apply_chat_template(
+            [{"role": "user", "content": [*content, {"type": "text", "text": text}]}],
+            add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+        ).to(self.device, self.model.dtype)  # fmt: skip
+        ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)[0, inputs["input_ids"].shape[1] :]
+        return self.processor.decode(ids, skip_special_tokens=True), None, 1
+
+
+# ---------------------------------------------------------------- Arena-Scoring
+
+
+def same_subject(prompts, captions):
+    """For each prompt the indices of the captions that share most of its words (Jaccard): its own photograph if there is one"""
+    words = [set(re.findall(r"\w+", c.lower())) for c in captions]
+    result = []
+    for prompt in prompts:
+        own = set(re.findall(r"\w+", prompt.lower()))
+        near = [len(own & w) / max(len(own | w), 1) for w in words]
+        result.append([i for i, v in enumerate(near) if v == max(near)])
+    return result
+
+
+def opponents(contestants, prompts):
+    """{contestant: per prompt its pictures' keys}; a photograph meets the prompts whose subject it shows"""
+    result = {n: [[f.stem for f in files] for files in c.files] for n, c in contestants.items()}
+    photos = result["photographs"]
+    near = same_subject(prompts, contestants["photographs"].texts)
+    return result | {"photographs": [[photos[i][0] for i in rows] for rows in near]}
+
+
+def matches(pictures, limit):
+    """pictures {contestant: per prompt its pictures} -> [(a, b, prompt, picture of a, picture of b)] for all pairs of contestants
+
+    Picture m meets picture m, drawn from the same noise; at most `limit` a pair of contestants, spread over the prompts.
+    """
+    names, result = list(pictures), []
+    shuffled = np.random.default_rng(BENCH).permutation(len(pictures[names[0]])).tolist()
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            both = [(p, pictures[a][p], pictures[b][p]) for p in shuffled if pictures[a][p] and pictures[b][p]]
+            rounds = range(max((len(x) for _, x, _ in both), default=0))
+            rows = [(a, b, p, x[m], y[m % len(y)]) for m in rounds for p, x, y in both if m < len(x)]
+            result += rows[:limit]
+    return result
+
+
+def outcome(judge, x, y):
+    """1 if x wins in both orders, -1 if y does, 0 if the answers differ or are ties, None if one is missing"""
+    there, back = judge.answers.get(("pair", x, y)), judge.answers.get(("pair", y, x))
+    if not (there and back):
+        return None
+    return {("first", "second"): 1, ("second", "first"): -1}.get((there, back), 0)
+
+
+def hold(judge, rows):
+    """Ask every match in both orders -> [(a, b, prompt, outcome)]"""
+    judge.ask([("pair", *pair) for _, _, _, x, y in rows for pair in ((x, y), (y, x))])
+    return [(a, b, p, outcome(judge, x, y)) for a, b, p, x, y in rows]
+
+
+def tally(results, names, units):
+    """[(a, b, prompt, outcome)] -> wins (units, n, n): i over j, a tie is half"""
+    wins, place = np.zeros((units, len(names), len(names))), {n: i for i, n in enumerate(names)}
+    for a, b, p, o in results:
+        if o is not None:
+            wins[p, place[a], place[b]] += (1 + o) / 2
+            wins[p, place[b], place[a]] += (1 - o) / 2
+    return wins
+
+
+def rate(results, names, units, resamples):
+    """-> arena, rating of the docstring, and the ratings of every resample of the prompts (1 + resamples, n)"""
+    wins, counts = tally(results, names, units), resample(units, resamples, np.random.default_rng(BENCH))
+    won = np.einsum("ru,uij->rij", counts, wins)  # (1 + resamples, n, n)
+    with np.errstate(invalid="ignore"):
+        rates = won / (won + won.swapaxes(1, 2))
+    arena = {}
+    for i, a in enumerate(names):
+        for j, b in enumerate(names):
+            mine = [o if x == a else -o if o else o for x, y, _, o in results if {x, y} == {a, b}] if i != j else []
+            if any(o is not None for o in mine):
+                v = interval(rates[0, i, j], rates[1:, i, j])
+                row = {n: mine.count(o) for n, o in (("win", 1), ("tie", 0), ("loss", -1), ("errors", None))}
+                arena.setdefault(a, {})[b] = row | {"rate": v["mean"], "low": v["low"], "high": v["high"]}
+    ratings = bradley_terry(won)  # (1 + resamples, n)
+    return arena, {n: interval(ratings[0, i], ratings[1:, i]) for i, n in enumerate(names)}, ratings
+
+
+def arena_scoring(cfg, judge, pictures, units):
+    """-> arena, rating, {contestant: share judged real}, results of the matches by prompt"""
+    rows = matches(pictures, cfg.bench.pairs)
+    results = hold(judge, rows)
+    arena, rating, _ = rate(results, list(pictures), units, cfg.bench.resamples)
+    share = {}
+    if cfg.bench.judge.kind != "detector":  # whose verdict is `heldout` of Detector-Scoring
+        shown = {n: {p: [] for p in range(units)} for n in pictures}
+        for a, b, p, x, y in rows:
+            shown[a][p].append(x)
+            shown[b][p].append(y)
+        judge.ask([("single", x) for by_prompt in shown.values() for row in by_prompt.values() for x in row])
+        verdict = {"real": 1.0, "fake": 0.0}
+        for name, by_prompt in shown.items():
+            said = [[verdict.get(judge.answers.get(("single", x)), np.nan) for x in set(row)] for row in by_prompt.values()]
+            means = np.array([np.nanmean(v) if np.isfinite(v).any() else np.nan for v in said])
+            share[name] = bootstrap(means[:, None], cfg.bench.resamples, np.random.default_rng(BENCH))
+    return arena, rating, share, results
+
+
+def summary(judge, results):
+    """How far the judge may be believed, and what it cost"""
+    answers = [a for q, a in judge.answers.items() if q[0] == "pair" and a != "tie"]
+    both = [
+        (a, judge.answers.get(("pair", q[2], q[1]))) for q, a in judge.answers.items() if q[0] == "pair" and q[1] < q[2]
+    ]
+    both = [{a, b} for a, b in both if b]
+    unparsed = list(judge.errors.values()).count("unparsed")
+    return {
+        "name": judge.name,
+        "pairs": len(results),
+        "answered": len(judge.answers),
+        "unparsed": unparsed,
+        "failed": len(judge.errors) - unparsed,
+        "calls": judge.calls,
+        "calls_total": judge.calls_total,
+        "position_bias": answers.count("first") / len(answers) if answers else None,
+        "order_changed": np.mean([len(s) == 1 and "tie" not in s for s in both]).item() if both else None,
+    }
+
+
+# ---------------------------------------------------------------- people
+
+
+def read_votes(path, names, prompts):
+    """CSV (prompt, left, right, vote) -> [(left, right, prompt index, 1 left, 0 tie, -1 right)]; a bad row is named by its line"""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"bench.human: {path} is not a file; expected the CSV that bench.html saves")
+    reader = csv.DictReader(io.StringIO(path.read_text()))
+    if reader.fieldnames is None or set(reader.fieldnames) != {"prompt", "left", "right", "vote"}:
+        raise ValueError(f"bench.human: {path} has the columns {reader.fieldnames}; expected prompt, left, right, vote")
+    votes, values = [], {"left": 1, "tie": 0, "right": -1}
+    for line, row in enumerate(reader, 2):
+        for column, known in (("prompt", prompts), ("left", names), ("right", names), ("vote", values)):
+            if row[column] not in known:
+                expected = "a line of test_prompts" if column == "prompt" else f"one of {', '.join(known)}"
+                raise ValueError(f"bench.human: {path}: line {line}: {column} is {row[column]!r}; expected {expected}")
+        votes.append((row["left"], row["right"], prompts.index(row["prompt"]), values[row["vote"]]))
+    if not votes:
+        raise ValueError(f"bench.human: {path} holds no vote; expected a row a vote")
+    return votes
+
+
+def compare_people(votes, results, names, units, resamples):
+    """Do people and the arena rank alike (tau-b, rho of the ratings), and do they agree on the same pair of pictures?
+
+    Agreement: 1 the same answer, 1/2 if just one of the two is a tie, 0 opposite; votes on pairs without a judgement are left out.
+    """
+    names = [n for n in names if any(n in v[:2] for v in votes)]
+    counts = resample(units, resamples, np.random.default_rng(BENCH))  # the same prompts for both sides
+    mine = [r for r in results if r[0] in names and r[1] in names]
+    people, arena = (bradley_terry(np.einsum("ru,uij->rij", counts, tally(v, names, units))) for v in (votes, mine))
+    first = {}
+    for a, b, p, o in results:  # the first match of a prompt is the one that the voting page shows
+        if o is not None:
+            first.setdefault((a, b, p), o)
+            first.setdefault((b, a, p), -o)
+    compared = [(p, 1 - abs(o - first[a, b, p]) / 2) for a, b, p, o in votes if (a, b, p) in first]
+    result = {"votes": len(votes), "compared": len(compared)}
+    for name, function in (("tau", kendall), ("rho", spearman)):
+        values = function(people, arena)  # (1 + resamples,)
+        result[name] = interval(values[0], values[1:])
+    if compared:
+        agree, asked = (np.bincount([p for p, _ in compared], w, units) for w in ([v for _, v in compared], None))
+        with np.errstate(invalid="ignore"):
+            values = counts @ agree / (counts @ asked)
+        result["agreement"] = interval(values[0], values[1:])
+    return result | {"rating": {n: interval(people[0, i], people[1:, i]) for i, n in enumerate(names)}}
+
+
+# ---------------------------------------------------------------- selftest
+
+
+def blur(x, sigma):
+    """Gaussian, sigma in pixels"""
+    r = max(1, round(3 * sigma))
+    kernel = torch.exp(-(torch.arange(-r, r + 1) ** 2) / (2 * sigma**2))
+    kernel = (kernel / kernel.sum()).expand(3, 1, -1)  # (3, 1, 2r+1)
+    x = F.conv2d(F.pad(x[None], (r, r, r, r), mode="reflect"), kernel[:, :, None], groups=3)
+    return F.conv2d(x, kernel[..., None], groups=3)[0]
+
+
+def noise(x, std):
+    return x + std * torch.from_numpy(np.random.default_rng(BENCH).standard_normal(x.shape, dtype=np.float32))
+
+
+def jpeg(x, quality):
+    buffer = io.BytesIO()
+    Image.fromarray((x * 255).round().byte().permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=quality)
+    return R.read_image(buffer)
+
+
+def smooth(x, contrast):
+    """Bilateral filter, twice: texture below `contrast` melts as on retouched skin, edges stay"""
+    near = torch.exp(-(torch.arange(-3, 4)[:, None] ** 2 + torch.arange(-3, 4) ** 2) / 8).flatten()  # (49,)
+    for _ in range(2):
+        around = F.unfold(F.pad(x[None], (3, 3, 3, 3), mode="reflect"), 7).view(3, 49, *x.shape[1:])
+        alike = torch.exp(-((around - x[:, None]) ** 2).sum(0) / (2 * contrast**2)) * near[:, None, None]  # (49, H, W)
+        x = (around * alike).sum(1) / alike.sum(0)
+    return x
+
+
+def saturate(x, factor):
+    grey = x.mean(0, keepdim=True)
+    return grey + factor * (x - grey)
+
+
+DISTORTIONS = {  # weak, middle, strong
+    "blur": (blur, (0.6, 1.0, 2.0)),
+    "noise": (noise, (0.04, 0.08, 0.16)),
+    "jpeg": (jpeg, (40, 20, 10)),
+    "smooth": (smooth, (0.05, 0.1, 0.2)),
+    "saturate": (saturate, (1.4, 2.0, 3.0)),
+}
+
+
+def selftest(run, cfg, judge, photographs, heldout, folder):
+    """Spoiled photographs must rank below untouched ones, more spoiled below less: {distortion: {measure: ...}}
+
+    tau: Kendall's tau-b of minus the strength (0 to 3) and the four levels of the measure (mean P(real); the rating of the four in
+    the arena). below: every strength is under the untouched. ordered: and each under the one before.
+    """
+    files, result = [f[0] for f in photographs.files[: cfg.bench.pairs]], {}
+    texts, units = photographs.texts[: len(files)], len(files)
+    counts = resample(units, cfg.bench.resamples, np.random.default_rng(BENCH))
+    for name, (function, strengths) in tqdm(DISTORTIONS.items(), desc="selftest"):
+        levels = [Contestant([[f] for f in files], texts)]
+        for strength in strengths:
+            made = [folder / "pictures" / f"{key(f.stem, name, strength)}.jpg" for f in files]
+            for f, target in zip(files, made):
+                if not target.exists():
+                    write_picture(function(R.read_image(f), strength).clamp(0, 1), target)
+            levels.append(Contestant([[f] for f in made], texts))
+        measured = [over(c, cfg, run.device, lambda x, t: R.score(heldout, x, t, cfg.micro_batch)) for c in levels]
+        if cfg.bench.judge.kind == "detector":
+            for c, values in zip(levels, measured):
+                mean = torch.stack(list(values.values())).mean(0)[:, 0].tolist()  # (units,)
+                judge.realness |= {f[0].stem: v for f, v in zip(c.files, mean)}
+        draws = {m: counts @ np.stack([v[m][:, 0].numpy() for v in measured], 1) / units for m in heldout}
+        results = hold(judge, matches({str(i): [[f[0].stem] for f in c.files] for i, c in enumerate(levels)}, units))
+        draws["arena"] = rate(results, ["0", "1", "2", "3"], units, cfg.bench.resamples)[2]
+        result[name] = {}
+        for measure, v in draws.items():  # (1 + resamples, 4)
+            tau = kendall(v, np.broadcast_to([3.0, 2.0, 1.0, 0.0], v.shape))
+            result[name][measure] = {
+                "levels": v[0].tolist(),
+                "tau": interval(tau[0], tau[1:]),
+                "below": bool((v[0, 1:] < v[0, 0]).all()),
+                "ordered": bool((np.diff(v[0]) < 0).all()),
+            }
+    return result
+
+
+# ---------------------------------------------------------------- report
+
+
+def cell(v, sign="", digits=3):
+    return f"{v['mean']:{sign}.{digits}f} [{v['low']:{sign}.{digits}f}, {v['high']:{sign}.{digits}f}]" if v else ""
 
 
 def table(scores, difference):
     """Lines of a Markdown table: mean [low, high], then the paired difference to base"""
     metrics = list(next(iter(scores.values())))
     lines = ["| contestant | " + " | ".join(metrics) + " |", "|---|" + "---|" * len(metrics)]
-
-    def cell(v, sign=""):
-        return f"{v['mean']:{sign}.3f} [{v['low']:{sign}.3f}, {v['high']:{sign}.3f}]" if v else ""
-
     for name, row in scores.items():
         lines.append(f"| {name} | " + " | ".join(cell(row.get(m)) for m in metrics) + " |")
     for name, row in difference.items():
@@ -113,39 +799,163 @@ def table(scores, difference):
     return lines
 
 
-def main(cfg):
-    out, start, seconds = Path(cfg.out), time.perf_counter(), {}
+def arena_table(arena, rating):
+    """Rating, then the win rate of the row over the column"""
+    names = list(rating)
+    lines = ["| contestant | rating | " + " | ".join(f"over {n}" for n in names) + " |", "|---|" + "---|" * (len(names) + 1)]
+    for a in names:
+        row = {b: v | {"mean": v["rate"]} for b, v in arena.get(a, {}).items()}
+        lines.append(f"| {a} | {cell(rating[a], digits=0)} | " + " | ".join(cell(row.get(b)) for b in names) + " |")
+    return lines
+
+
+def markdown(result):
+    """bench.json -> bench.md"""
+    judge = result["judge"]
+    lines = ["# RealBench", "", f"{result['pictures']} pictures per own contestant. Mean and 95% interval.", ""]
+    lines += ["## Detector-Scoring", "", *table(result["scores"], result["difference"]), ""]
+    lines += ["## Share judged real", "", *table(result["real"], {}), ""] if any(result["real"].values()) else []
+    for category, scores in result.get("categories", {}).items():
+        lines += [f"## Category {category}", "", *table(scores, {}), ""]
+    lines += ["## Arena-Scoring", "", *arena_table(result["arena"], result["rating"]), ""]
+    bias, changed = (f"{judge[n]:.1%}" if judge[n] is not None else "-" for n in ("position_bias", "order_changed"))
+    lines += [
+        f"Judge: {judge['name']}; {judge['pairs']} pairs of pictures, each in both orders; {judge['unparsed']} replies unparsed, "
+        f"{judge['failed']} failed; {judge['calls']} calls in this run, {judge['calls_total']} in all. It names the first picture in "
+        f"{bias} of its answers (50% is no bias) and changes its answer with the order in {changed} of the pairs.",
+        "",
+    ]
+    if "human" in result:
+        human = result["human"]
+        lines += ["## People", "", "| votes | compared | tau-b | rho | agreement |", "|---|---|---|---|---|"]
+        figures = " | ".join(cell(human.get(n)) for n in ("tau", "rho", "agreement"))
+        lines += [f"| {human['votes']} | {human['compared']} | {figures} |", ""]
+    if "selftest" in result:
+        lines += ["## Selftest: spoiled photographs must rank below untouched ones", ""]
+        lines += ["| distortion | measure | untouched | weak | middle | strong | tau-b | verdict |", "|" + "---|" * 8]
+        for name, measures in result["selftest"].items():
+            for m, v in measures.items():
+                levels = " | ".join(f"{x:.0f}" if m == "arena" else f"{x:.3f}" for x in v["levels"])
+                verdict = "ordered" if v["ordered"] else "below, not ordered" if v["below"] else "**fails**"
+                lines.append(f"| {name} | {m} | {levels} | {cell(v['tau'], digits=2)} | {verdict} |")
+        lines.append("")
+    if result["missing"]:
+        lines += ["## Missing pictures", ""]
+        lines += [f"- {n}: {len(names)}: {', '.join(names)}" for n, names in result["missing"].items()]
+    return lines
+
+
+def gallery(cfg, pictures, prompts, values, contestants, folder):
+    """What bench.html shows: the first pictures of some prompts as data URLs, at most 512 pixels wide, with their scores"""
+    shown, result = {}, []
+    for name, metrics in values.items():
+        for u, files in enumerate(contestants[name].files):
+            for k, f in enumerate(files[:1] if name != "photographs" else files):
+                shown[name, f.stem] = {m: round(float(v[u, k]), 3) for m, v in metrics.items()}
+    for p in range(min(cfg.bench.gallery, len(prompts))):
+        row = {}
+        for name in pictures:
+            for stem in pictures[name][p][:1]:
+                picture, buffer = Image.open(folder / "pictures" / f"{stem}.jpg"), io.BytesIO()
+                picture.thumbnail((512, 512))
+                picture.save(buffer, **CODEC)
+                url = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+                row[name] = {"url": url, "scores": shown[name, stem]}
+        result.append({"prompt": prompts[p], "pictures": row})
+    return result
+
+
+def report(cfg, result, shown):
+    """bench.json, bench.md and bench.html"""
+    out = Path(cfg.out)
+    (out / "bench.json").write_text(json.dumps(result, indent=1))
+    (out / "bench.md").write_text("\n".join(markdown(result)) + "\n")
+    data = json.dumps({"result": result, "gallery": shown}).replace("</", "<\\/").replace("NaN", "null")
+    (out / "bench.html").write_text(TEMPLATE.replace("DATA", data, 1))
+
+
+# ---------------------------------------------------------------- main
+
+
+def check(cfg, prompts):
+    """What can be told before a model loads -> categories, votes"""
+    out, b, judge = Path(cfg.out), cfg.bench, cfg.bench.judge
+    names = [*OWN, *b.contestants, "photographs"]
     if not (out / "generator").is_dir():
         raise ValueError(
-            f"out: {cfg.out} holds no trained generator; expected the folder of a finished run, python grpo.py config.yaml out={cfg.out}"
+            f"out: {cfg.out} holds no trained generator; expected the folder of a finished run, "
+            f"python grpo.py config.yaml out={cfg.out}"
         )
+    if len(prompts) < 4:
+        raise ValueError(f"test_prompts: {len(prompts)} prompts; expected at least 4, or there is no interval")
+    for name, path in b.contestants.items():
+        if name in (*OWN, "photographs"):
+            raise ValueError(f"bench.contestants.{name}: the name is taken; expected none of {', '.join(OWN)}, photographs")
+        listing(f"bench.contestants.{name}", path, prompts)
+    listing("test_photos", cfg.test_photos, prompts)
+    if judge.kind == "detector" and not cfg.rewards.heldout:
+        raise ValueError("bench.judge.kind: detector needs rewards.heldout, which is empty; name one, or choose vlm or openai")
+    if judge.kind != "detector" and not judge.model:
+        raise ValueError(f"bench.judge.model: empty; expected the model that bench.judge.kind={judge.kind} asks")
+    if judge.kind == "openai" and judge.key and not os.environ.get(judge.key):
+        raise ValueError(
+            f"bench.judge.key: the environment has no {judge.key}; expected the key of {judge.base_url} in it "
+            '(bench.judge.key="" for a server that needs none)'
+        )
+    categories = grpo.read_prompts(b.categories) if b.categories else []
+    if b.categories and len(categories) != len(prompts):
+        raise ValueError(f"bench.categories: {len(categories)} lines for {len(prompts)} prompts; expected one a prompt")
+    return categories, read_votes(b.human, names, prompts) if b.human else []
+
+
+def main(cfg):
+    out, start, seconds = Path(cfg.out), time.perf_counter(), {}
     prompts = grpo.read_prompts(cfg.test_prompts)
-    photos, captions = R.read_photos(cfg.test_photos, (cfg.generator.height, cfg.generator.width))
+    categories, votes = check(cfg, prompts)
+    folder = out / "bench"
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
 
     def lap(name):
         seconds[name] = time.perf_counter() - start - sum(seconds.values())
 
     run = grpo.Run(cfg, train=False)
-    photos = run.real(photos)
+    heldout = R.load_rewards(cfg.rewards.heldout, run.device)
     lap("load")
-    contestants = draw(run, cfg, prompts)
+    contestants, missing = gather(run, cfg, prompts, folder)
     lap("draw")
-    scores, difference = score(run, cfg, contestants, photos, captions, prompts)
+    values, features = detect(run, cfg, contestants, heldout)
+    scores, difference, real = detector_scoring(cfg, values, features)
     lap("score")
-    (out / "bench.json").write_text(
-        json.dumps({"scores": scores, "difference": difference, "pictures": len(prompts) * cfg.bench.images}, indent=1)
-    )
-    rows = min(12, len(prompts))
-    first = [images[:: cfg.bench.images][:rows] for images in contestants.values()] + [photos[:rows]]
-    grpo.save_grid(torch.cat(first), out / "bench.png", rows)
-    print("\n".join(table(scores, difference)))
+    realness = {}
+    for name, c in contestants.items() if heldout else ():
+        realness |= {f.stem: float(values[name]["heldout"][u, k]) for u, fs in enumerate(c.files) for k, f in enumerate(fs)}
+    judge, pictures = Judge(cfg.bench.judge, folder, realness, run.device), opponents(contestants, prompts)
+    arena, rating, share, results = arena_scoring(cfg, judge, pictures, len(prompts))
+    for name, v in share.items():
+        real[name]["judge"] = v
+    result = {"pictures": len(prompts) * cfg.bench.images, "missing": missing, "scores": scores, "difference": difference}
+    result |= {"real": real, "arena": arena, "rating": rating, "judge": summary(judge, results)}
+    if categories:
+        result["categories"] = by_category(cfg, values, contestants, prompts, categories)
+    if votes:
+        result["human"] = compare_people(votes, results, list(pictures), len(prompts), cfg.bench.resamples)
+    lap("judge")
+    if cfg.bench.selftest:
+        result["selftest"] = selftest(run, cfg, judge, contestants["photographs"], heldout, folder)
+        lap("selftest")
+    report(cfg, result, gallery(cfg, pictures, prompts, values, contestants, folder))
+    print("\n".join(markdown(result)))
     print(
-        f"{len(prompts) * cfg.bench.images} pictures per contestant, {len(photos)} photographs; 95% intervals. seconds: "
+        f"{result['pictures']} pictures per contestant, {len(contestants['photographs'].files)} photographs. seconds: "
         + ", ".join(f"{n} {s:.0f}" for n, s in seconds.items())
         + f"; in all {sum(seconds.values()):.0f}. Peak memory {grpo.peak_memory():.1f} GiB."
     )
-    print(f"wrote {out}/bench.json and {out}/bench.png (rows: {', '.join(contestants)}, photographs)")
+    print(f"wrote {out}/bench.json, {out}/bench.md and {out}/bench.html, whose last section is a voting page")
 
+
+# ---------------------------------------------------------------- bench.html
+
+TEMPLATE = """<!doctype html><title>RealBench</title><script type="application/json" id="data">DATA</script>"""
 
 if __name__ == "__main__":
     grpo.cli(lambda: main(grpo.load_config(sys.argv[1:])))
