@@ -934,7 +934,7 @@ def main(cfg):
     for name, v in share.items():
         real[name]["judge"] = v
     result = {"pictures": len(prompts) * cfg.bench.images, "missing": missing, "scores": scores, "difference": difference}
-    result |= {"real": real, "arena": arena, "rating": rating, "judge": summary(judge, results)}
+    result |= {"real": real, "arena": arena, "rating": rating}
     if categories:
         result["categories"] = by_category(cfg, values, contestants, prompts, categories)
     if votes:
@@ -943,6 +943,7 @@ def main(cfg):
     if cfg.bench.selftest:
         result["selftest"] = selftest(run, cfg, judge, contestants["photographs"], heldout, folder)
         lap("selftest")
+    result["judge"] = summary(judge, results)
     report(cfg, result, gallery(cfg, pictures, prompts, values, contestants, folder))
     print("\n".join(markdown(result)))
     print(
@@ -955,7 +956,231 @@ def main(cfg):
 
 # ---------------------------------------------------------------- bench.html
 
-TEMPLATE = """<!doctype html><title>RealBench</title><script type="application/json" id="data">DATA</script>"""
+TEMPLATE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>RealBench</title>
+<style>
+:root { color-scheme: light dark; --bg: #fbfaf8; --card: #fff; --ink: #1d1d1f; --soft: #6b6b70; --line: #e2e0db; --mark: #2f6f4f; --warm: #b4552d; }
+@media (prefers-color-scheme: dark) { :root { --bg: #141416; --card: #1d1d20; --ink: #ececee; --soft: #9a9aa2; --line: #34343a; --mark: #6fc79a; --warm: #e58a5f; } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--bg); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
+main { max-width: 1100px; margin: 0 auto; padding: 1rem }
+h1 { font-size: 1.6rem; margin: .5rem 0 0 } h2 { font-size: 1.1rem; margin: 0 0 .6rem }
+p { margin: .3rem 0 } .soft { color: var(--soft) }
+nav { display: flex; flex-wrap: wrap; gap: .3rem 1rem; padding: .5rem 0; position: sticky; top: 0; background: var(--bg); z-index: 3 }
+a { color: var(--mark) }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem; margin: 1rem 0 }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100% }
+th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--card) }
+th button { all: unset; cursor: pointer; font-weight: 600 } th button:focus-visible { outline: 2px solid var(--mark) }
+th[aria-sort=ascending] button::after { content: " ▲" } th[aria-sort=descending] button::after { content: " ▼" }
+td small { display: block; color: var(--soft); font-size: .78em; line-height: 1.1 }
+svg text { fill: var(--ink); font-size: 13px } svg .soft { fill: var(--soft); font-size: 11px }
+.pictures td, .pictures th { text-align: center; padding: .2rem; border: 0 }
+.pictures td:first-child, .pictures th:first-child { text-align: left; white-space: normal; min-width: 7.5rem; max-width: 12rem; font-size: .85rem }
+.pictures img { width: clamp(72px, 13vw, 150px); border-radius: 4px; display: block; margin: auto; cursor: pointer }
+img { image-rendering: auto } img.small { image-rendering: pixelated }
+#tip { position: fixed; z-index: 9; pointer-events: none; background: var(--ink); color: var(--bg); border-radius: 6px; padding: .4rem .6rem; font-size: .8rem; display: none; font-variant-numeric: tabular-nums }
+#tip div { display: flex; justify-content: space-between; gap: 1rem }
+.controls { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; margin-bottom: .6rem }
+select, .button { font: inherit; color: inherit; background: var(--bg); border: 1px solid var(--line); border-radius: 6px; padding: .3rem .7rem; max-width: 100% }
+.button { cursor: pointer } .button:hover { border-color: var(--mark) }
+#stack { position: relative; width: min(100%, 420px); aspect-ratio: 1; overflow: hidden; border-radius: 8px; touch-action: pan-y }
+#stack img { position: absolute; inset: 0; width: 100%; height: 100%; object-fit: contain }
+#after { clip-path: inset(0 0 0 var(--cut, 50%)) }
+#stack i { position: absolute; top: 0; bottom: 0; left: var(--cut, 50%); width: 2px; margin-left: -1px; background: #fff; box-shadow: 0 0 4px #000 }
+#cut { width: min(100%, 420px); display: block; accent-color: var(--mark) }
+#ballot { display: grid; grid-template-columns: 1fr 1fr; gap: .6rem; max-width: 820px; margin: auto }
+#ballot button { all: unset; cursor: pointer; border: 3px solid transparent; border-radius: 10px; overflow: hidden }
+#ballot button:hover, #ballot button:focus-visible { border-color: var(--mark) } #ballot img { width: 100%; display: block }
+body.voting main > :not(#vote) { display: none } body:not(.voting) #booth { display: none } body.voting #open { display: none }
+progress { width: 100%; accent-color: var(--mark) }
+</style>
+<main>
+<header><h1>RealBench</h1><p class="soft" id="about"></p></header>
+<nav><a href="#rating">Rating</a><a href="#tables">Tables</a><a href="#pictures">Pictures</a><a href="#slider">Before/after</a><a href="#vote">Vote</a></nav>
+<section id="rating"><h2>Arena rating</h2><div class="wide" id="plot"></div><p class="soft" id="judge"></p></section>
+<div id="tables"></div>
+<section id="pictures"><h2>The same prompt, by contestant</h2><p class="soft">Hover or tap a picture for its scores.</p><div class="wide" id="grid"></div></section>
+<section id="slider"><h2>Before/after</h2>
+<div class="controls"><select id="left" aria-label="left picture"></select><select id="right" aria-label="right picture"></select><select id="which" aria-label="prompt"></select></div>
+<div id="stack"><img id="before" alt="left"><img id="after" alt="right"><i></i></div><input id="cut" type="range" min="0" max="100" value="50" aria-label="divider"></section>
+<section id="vote"><h2>Vote: which one is the photograph?</h2>
+<div id="open"><p>Pairs come blind, in random order and on random sides. The saved file goes into <code>bench.human</code>.</p><p><button class="button" id="start">Start voting</button></p></div>
+<div id="booth"><p id="prompt"></p><div id="ballot"><button id="voteleft" aria-label="left"><img alt="left picture"></button><button id="voteright" aria-label="right"><img alt="right picture"></button></div>
+<div class="controls" style="margin-top:.6rem"><button class="button" id="tie">Cannot tell (↓)</button><button class="button" id="undo">Back (Backspace)</button><button class="button" id="save">Save votes.csv</button><button class="button" id="stop">Results</button></div>
+<progress id="done" value="0"></progress><p class="soft" id="count"></p></div></section>
+</main>
+<div id="tip"></div>
+<script type="application/json" id="data">DATA</script>
+<script>
+"use strict"
+const { result, gallery } = JSON.parse(document.getElementById("data").textContent)
+const $ = id => document.getElementById(id)
+const make = (tag, parent, text, attributes = {}) => {
+  const node = document.createElement(tag)
+  if (text !== undefined) node.textContent = text
+  Object.entries(attributes).forEach(([k, v]) => node.setAttribute(k, v))
+  parent?.append(node)
+  return node
+}
+const names = Object.keys(result.rating), fixed = (x, d) => x.toFixed(d).replace("-", "\u2212")
+$("about").textContent = `${result.pictures} pictures per own contestant; mean and 95% interval` +
+  Object.entries(result.missing).map(([n, m]) => `; ${n}: ${m.length} pictures missing`).join("")
+
+// ---- rating plot
+{
+  const rows = names.map(n => [n, result.rating[n]]).sort((a, b) => b[1].mean - a[1].mean)
+  const low = Math.min(...rows.map(r => r[1].low)), high = Math.max(...rows.map(r => r[1].high)), span = high - low || 1
+  const x = v => 130 + 450 * (v - low) / span, height = rows.length * 34 + 34
+  const ticks = [...Array(5)].map((_, i) => low + span * i / 4)
+  $("plot").innerHTML = `<svg viewBox="0 0 640 ${height}" style="width:100%;min-width:330px;max-width:760px" role="img" aria-label="ratings with intervals">` +
+    ticks.map(t => `<line x1="${x(t)}" x2="${x(t)}" y1="0" y2="${height - 24}" stroke="var(--line)"/><text class="soft" x="${x(t)}" y="${height - 6}" text-anchor="middle">${fixed(t, 0)}</text>`).join("") +
+    rows.map(([n, v], i) => `<g transform="translate(0 ${i * 34 + 18})"><text class="name" y="5"></text><line x1="${x(v.low)}" x2="${x(v.high)}" stroke="var(--mark)" stroke-width="3" stroke-linecap="round"/><circle cx="${x(v.mean)}" r="6" fill="var(--mark)"/><text x="${x(v.high) + 10}" y="5">${fixed(v.mean, 0)}</text></g>`).join("") + "</svg>"
+  $("plot").querySelectorAll(".name").forEach((node, i) => node.textContent = rows[i][0])
+  const j = result.judge, percent = v => v === null ? "no answer" : `${fixed(100 * v, 1)}%`
+  $("judge").textContent = `Judge ${j.name}: ${j.pairs} pairs in both orders, ${j.unparsed} replies unparsed, ${j.failed} failed. ` +
+    `It names the first picture in ${percent(j.position_bias)} of its answers (50% is no bias) and changes its answer with the order in ${percent(j.order_changed)} of the pairs.`
+}
+
+// ---- tables: cells are {mean, low, high}, numbers or words; a click on a head sorts
+function table(title, heads, rows, digits = 3, sign = false, note) {
+  const section = make("section", $("tables")), wrap = (make("h2", section, title), make("div", section, undefined, { class: "wide" }))
+  const node = make("table", wrap), head = make("tr", make("thead", node)), body = make("tbody", node)
+  const plus = (v, d = digits) => (sign && v > 0 ? "+" : "") + fixed(v, d)
+  rows.forEach(row => {
+    const line = make("tr", body)
+    row.forEach(v => {
+      const cell = make("td", line, v == null ? "" : v.mean !== undefined ? plus(v.mean) : typeof v === "number" ? plus(v) : v)
+      if (v?.low != null) make("small", cell, `${plus(v.low)} to ${plus(v.high)}`)
+      cell.value = v?.mean ?? v ?? null
+    })
+  })
+  heads.forEach((h, column) => {
+    const th = make("th", head)
+    make("button", th, h).onclick = () => {
+      const down = th.getAttribute("aria-sort") !== "descending"
+      head.querySelectorAll("th").forEach(t => t.removeAttribute("aria-sort"))
+      th.setAttribute("aria-sort", down ? "descending" : "ascending")
+      const value = line => line.children[column].value
+      const compare = (a, b) => value(a) === null ? 1 : value(b) === null ? -1 : (value(a) > value(b) ? 1 : value(a) < value(b) ? -1 : 0) * (down ? -1 : 1)
+      body.append(...[...body.children].sort(compare))
+    }
+  })
+  if (note) make("p", section, note, { class: "soft" })
+}
+const grid = (title, data, ...rest) => {
+  const heads = [...new Set(Object.values(data).flatMap(Object.keys))]
+  if (heads.length) table(title, ["contestant", ...heads], Object.entries(data).map(([n, row]) => [n, ...heads.map(h => row[h])]), ...rest)
+}
+grid("Detector-Scoring", result.scores, 3, false, "Detectors give P(real), alignment a cosine; kid is the distance to the photographs, lower is better.")
+grid("Difference to base, paired by prompt", Object.fromEntries(Object.entries(result.difference).filter(([n]) => n !== "base")), 3, true)
+grid("Share judged real", result.real)
+Object.entries(result.categories ?? {}).forEach(([c, data]) => grid(`Category ${c}`, data))
+table("Arena: how often the row beats the column", ["contestant", ...names], names.map(a => [a, ...names.map(b => {
+  const v = result.arena[a]?.[b]
+  return v && { mean: v.rate, low: v.low, high: v.high }
+})]), 2, false, "A tie is half a win. Against photographs, 0.50 means that the judge cannot tell them apart.")
+if (result.human) {
+  const h = result.human
+  table("People and the arena", ["votes", "compared", "tau-b", "rho", "agreement"], [[String(h.votes), String(h.compared), h.tau, h.rho, h.agreement]], 2)
+  table("Rating by people", ["contestant", "rating"], Object.entries(h.rating), 0)
+}
+if (result.selftest) table("Selftest: spoiled photographs must rank below untouched ones", ["distortion", "measure", "untouched", "weak", "middle", "strong", "tau-b", "verdict"],
+  Object.entries(result.selftest).flatMap(([d, m]) => Object.entries(m).map(([n, v]) => [d, n, ...v.levels.map(x => n === "arena" ? Math.round(x) + "" : x), v.tau, v.ordered ? "ordered" : v.below ? "below" : "fails"])))
+
+// ---- gallery
+const sized = image => image.onload = () => image.classList.toggle("small", image.naturalWidth < 200)
+{
+  const node = make("table", $("grid"), undefined, { class: "pictures" }), head = make("tr", make("thead", node)), body = make("tbody", node), tip = $("tip")
+  make("th", head, "prompt")
+  names.forEach(n => make("th", head, n))
+  gallery.forEach(row => {
+    const line = make("tr", body)
+    make("td", line, row.prompt)
+    names.forEach(n => {
+      const cell = make("td", line), p = row.pictures[n]
+      if (!p) return make("span", cell, "missing", { class: "soft" })
+      const image = make("img", cell, undefined, { alt: `${n}: ${row.prompt}`, tabindex: 0, loading: "lazy" })
+      sized(image)
+      image.src = p.url
+      const show = event => {
+        tip.replaceChildren(make("b", null, n))
+        Object.entries(p.scores).forEach(([k, v]) => { const d = make("div", tip); make("span", d, k); make("span", d, fixed(v, 3)) })
+        tip.style.display = "block"
+        const box = image.getBoundingClientRect(), w = tip.offsetWidth, h = tip.offsetHeight
+        tip.style.left = Math.max(4, Math.min(innerWidth - w - 4, box.left + box.width / 2 - w / 2)) + "px"
+        tip.style.top = (box.top > h + 8 ? box.top - h - 6 : Math.min(box.bottom + 6, innerHeight - h - 4)) + "px"
+        event.stopPropagation()
+      }
+      for (const kind of ["pointerenter", "click", "focus"]) image.addEventListener(kind, show)
+      for (const kind of ["pointerleave", "blur"]) image.addEventListener(kind, e => { if (e.pointerType !== "touch") tip.style.display = "none" })
+    })
+  })
+  for (const kind of ["click", "scroll"]) addEventListener(kind, () => tip.style.display = "none", true)
+}
+
+// ---- before/after slider
+{
+  const pick = ["left", "right"].map(id => (names.forEach(n => make("option", $(id), n)), $(id)))
+  gallery.forEach((row, i) => make("option", $("which"), `${i + 1}. ${row.prompt}`, { value: i }))
+  pick[0].value = "base"
+  pick[1].value = names.includes("both") ? "both" : "generator"
+  sized($("before")); sized($("after"))
+  const show = () => ["before", "after"].forEach((id, i) => { $(id).src = gallery[$("which").value].pictures[pick[i].value]?.url ?? "data:," })
+  const cut = percent => { $("stack").style.setProperty("--cut", percent + "%"); $("cut").value = percent }
+  $("cut").oninput = () => cut($("cut").value)
+  $("stack").onpointermove = e => {
+    const box = $("stack").getBoundingClientRect()
+    if (e.pointerType === "mouse" || e.buttons) cut(Math.max(0, Math.min(100, 100 * (e.clientX - box.left) / box.width)))
+  }
+  for (const node of [...pick, $("which")]) node.onchange = show
+  if (gallery.length) show()
+}
+
+// ---- voting
+{
+  const pairs = gallery.flatMap(row => names.flatMap((a, i) => names.slice(i + 1).filter(b => row.pictures[a] && row.pictures[b]).map(b => [row, ...(Math.random() < .5 ? [a, b] : [b, a])])))
+  for (let i = pairs.length - 1; i > 0; i--) { const j = Math.floor(Math.random() * (i + 1)); [pairs[i], pairs[j]] = [pairs[j], pairs[i]] }
+  const [one, two] = ["voteleft", "voteright"].map(id => $(id).firstChild), votes = []
+  sized(one); sized(two)
+  let saved = true
+  const show = () => {
+    const pair = pairs[votes.length]
+    $("done").max = pairs.length
+    $("done").value = votes.length
+    $("count").textContent = `${votes.length} of ${pairs.length} pairs. Keys: ← left, → right, ↓ cannot tell, Backspace one back. You may stop at any time; save before you leave.`
+    $("ballot").style.visibility = pair ? "visible" : "hidden"
+    $("prompt").textContent = pair ? pair[0].prompt : "That was the last pair. Save the file."
+    if (pair) { one.src = pair[0].pictures[pair[1]].url; two.src = pair[0].pictures[pair[2]].url }
+  }
+  const vote = answer => { if (votes.length < pairs.length) { votes.push(answer); saved = false; show() } }
+  const back = () => { votes.pop(); show() }
+  const quote = text => `"${text.replaceAll('"', '""')}"`
+  const save = () => {
+    const lines = votes.map((v, i) => [quote(pairs[i][0].prompt), quote(pairs[i][1]), quote(pairs[i][2]), v].join(","))
+    make("a", null, undefined, { download: "votes.csv", href: URL.createObjectURL(new Blob([["prompt,left,right,vote", ...lines, ""].join("\n")], { type: "text/csv" })) }).click()
+    saved = true
+  }
+  const mode = on => { document.body.classList.toggle("voting", on); if (on) { show(); scrollTo(0, 0) } }
+  $("start").onclick = () => mode(true)
+  $("stop").onclick = () => mode(false)
+  $("voteleft").onclick = () => vote("left")
+  $("voteright").onclick = () => vote("right")
+  $("tie").onclick = () => vote("tie")
+  $("undo").onclick = back
+  $("save").onclick = save
+  const keys = { ArrowLeft: () => vote("left"), ArrowRight: () => vote("right"), ArrowDown: () => vote("tie"), Backspace: back }
+  addEventListener("keydown", e => { if (document.body.classList.contains("voting") && keys[e.key] && !e.repeat) { e.preventDefault(); keys[e.key]() } })
+  addEventListener("beforeunload", e => { if (!saved) e.preventDefault() })
+}
+</script>
+</html>
+"""
 
 if __name__ == "__main__":
     grpo.cli(lambda: main(grpo.load_config(sys.argv[1:])))
