@@ -868,9 +868,9 @@ def gallery(cfg, pictures, prompts, values, contestants, folder):
 def report(cfg, result, shown):
     """bench.json, bench.md and bench.html"""
     out = Path(cfg.out)
-    (out / "bench.json").write_text(json.dumps(result, indent=1))
+    (out / "bench.json").write_text(json.dumps(result, indent=1, allow_nan=False))
     (out / "bench.md").write_text("\n".join(markdown(result)) + "\n")
-    data = json.dumps({"result": result, "gallery": shown}).replace("</", "<\\/").replace("NaN", "null")
+    data = json.dumps({"result": result, "gallery": shown}, allow_nan=False).replace("</", "<\\/")
     (out / "bench.html").write_text(TEMPLATE.replace("DATA", data, 1))
 
 
@@ -966,15 +966,15 @@ TEMPLATE = r"""<!doctype html>
 @media (prefers-color-scheme: dark) { :root { --bg: #141416; --card: #1d1d20; --ink: #ececee; --soft: #9a9aa2; --line: #34343a; --mark: #6fc79a; --warm: #e58a5f; } }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--bg); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
-main { max-width: 1100px; margin: 0 auto; padding: 1rem }
+main { max-width: 1240px; margin: 0 auto; padding: 1rem }
 h1 { font-size: 1.6rem; margin: .5rem 0 0 } h2 { font-size: 1.1rem; margin: 0 0 .6rem }
 p { margin: .3rem 0 } .soft { color: var(--soft) }
 nav { display: flex; flex-wrap: wrap; gap: .3rem 1rem; padding: .5rem 0; position: sticky; top: 0; background: var(--bg); z-index: 3 }
 a { color: var(--mark) }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem; margin: 1rem 0 }
+section, #tables { scroll-margin-top: 3rem } section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem; margin: 1rem 0 }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100% }
-th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap }
+th, td { text-align: right; padding: .3rem .45rem; border-bottom: 1px solid var(--line); white-space: nowrap }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--card) }
 th button { all: unset; cursor: pointer; font-weight: 600 } th button:focus-visible { outline: 2px solid var(--mark) }
 th[aria-sort=ascending] button::after { content: " ▲" } th[aria-sort=descending] button::after { content: " ▼" }
@@ -1009,7 +1009,7 @@ progress { width: 100%; accent-color: var(--mark) }
 <section id="slider"><h2>Before/after</h2>
 <div class="controls"><select id="left" aria-label="left picture"></select><select id="right" aria-label="right picture"></select><select id="which" aria-label="prompt"></select></div>
 <div id="stack"><img id="before" alt="left"><img id="after" alt="right"><i></i></div><input id="cut" type="range" min="0" max="100" value="50" aria-label="divider"></section>
-<section id="vote"><h2>Vote: which one is the photograph?</h2>
+<section id="vote"><h2>Vote: which one looks more like an unedited photograph?</h2>
 <div id="open"><p>Pairs come blind, in random order and on random sides. The saved file goes into <code>bench.human</code>.</p><p><button class="button" id="start">Start voting</button></p></div>
 <div id="booth"><p id="prompt"></p><div id="ballot"><button id="voteleft" aria-label="left"><img alt="left picture"></button><button id="voteright" aria-label="right"><img alt="right picture"></button></div>
 <div class="controls" style="margin-top:.6rem"><button class="button" id="tie">Cannot tell (↓)</button><button class="button" id="undo">Back (Backspace)</button><button class="button" id="save">Save votes.csv</button><button class="button" id="stop">Results</button></div>
@@ -1035,12 +1035,13 @@ $("about").textContent = `${result.pictures} pictures per own contestant; mean a
 // ---- rating plot
 {
   const rows = names.map(n => [n, result.rating[n]]).sort((a, b) => b[1].mean - a[1].mean)
-  const low = Math.min(...rows.map(r => r[1].low)), high = Math.max(...rows.map(r => r[1].high)), span = high - low || 1
-  const x = v => 130 + 450 * (v - low) / span, height = rows.length * 34 + 34
-  const ticks = [...Array(5)].map((_, i) => low + span * i / 4)
-  $("plot").innerHTML = `<svg viewBox="0 0 640 ${height}" style="width:100%;min-width:330px;max-width:760px" role="img" aria-label="ratings with intervals">` +
+  const spread = Math.max(...rows.map(r => r[1].high)) - Math.min(...rows.map(r => r[1].low)), step = [20, 50, 100, 200, 500].find(s => spread / s < 5) ?? 1000
+  const low = Math.floor(Math.min(...rows.map(r => r[1].low)) / step) * step, high = Math.ceil(Math.max(...rows.map(r => r[1].high)) / step) * step
+  const x = v => 120 + 290 * (v - low) / (high - low || 1), height = rows.length * 30 + 30
+  const ticks = [...Array((high - low) / step + 1)].map((_, i) => low + i * step)
+  $("plot").innerHTML = `<svg viewBox="0 0 460 ${height}" style="width:100%;max-width:760px" role="img" aria-label="ratings with intervals">` +
     ticks.map(t => `<line x1="${x(t)}" x2="${x(t)}" y1="0" y2="${height - 24}" stroke="var(--line)"/><text class="soft" x="${x(t)}" y="${height - 6}" text-anchor="middle">${fixed(t, 0)}</text>`).join("") +
-    rows.map(([n, v], i) => `<g transform="translate(0 ${i * 34 + 18})"><text class="name" y="5"></text><line x1="${x(v.low)}" x2="${x(v.high)}" stroke="var(--mark)" stroke-width="3" stroke-linecap="round"/><circle cx="${x(v.mean)}" r="6" fill="var(--mark)"/><text x="${x(v.high) + 10}" y="5">${fixed(v.mean, 0)}</text></g>`).join("") + "</svg>"
+    rows.map(([n, v], i) => `<g transform="translate(0 ${i * 30 + 16})"><text class="name" y="5"></text><line x1="${x(v.low)}" x2="${x(v.high)}" stroke="var(--mark)" stroke-width="3" stroke-linecap="round"/><circle cx="${x(v.mean)}" r="5" fill="var(--mark)"/><text x="${x(v.high) + 8}" y="5">${fixed(v.mean, 0)}</text></g>`).join("") + "</svg>"
   $("plot").querySelectorAll(".name").forEach((node, i) => node.textContent = rows[i][0])
   const j = result.judge, percent = v => v === null ? "no answer" : `${fixed(100 * v, 1)}%`
   $("judge").textContent = `Judge ${j.name}: ${j.pairs} pairs in both orders, ${j.unparsed} replies unparsed, ${j.failed} failed. ` +
@@ -1105,7 +1106,7 @@ const sized = image => image.onload = () => image.classList.toggle("small", imag
     names.forEach(n => {
       const cell = make("td", line), p = row.pictures[n]
       if (!p) return make("span", cell, "missing", { class: "soft" })
-      const image = make("img", cell, undefined, { alt: `${n}: ${row.prompt}`, tabindex: 0, loading: "lazy" })
+      const image = make("img", cell, undefined, { alt: `${n}: ${row.prompt}`, tabindex: 0 })
       sized(image)
       image.src = p.url
       const show = event => {
