@@ -1,35 +1,38 @@
 """RealBench: did pictures become more real, and how sure is that?
 
-    python bench.py config.yaml [key=value ...]     after python grpo.py config.yaml
+    python bench.py config.yaml [key=value ...]             after python grpo.py config.yaml
+    python bench.py config.yaml bench.human=votes.csv       votes that the voting page of bench.html saved
     python bench.py config.yaml bench.judge.kind=openai bench.judge.model=gpt-5 bench.pairs=64
-    python bench.py config.yaml bench.human=votes.csv          votes saved by the voting page of bench.html
 
-Contestants: `base`, `refiner` (rewritten prompts, base generator), `generator` (plain prompts, trained generator), `both`, the folders
-of bench.contestants, and `photographs`; the same test prompts and noise for all, Euler sampling. Every picture, a photograph too, becomes
-one JPEG of one size under <out>/bench/pictures, named by what made it (weights, text, noise, steps), so that nothing is drawn twice, no
-two models share a picture, and detectors, judges and people see the same file. Detector-Scoring asks every reward and held-out detector;
-Arena-Scoring asks a judge which of two pictures is more real, in both orders: an answer that changes with the order is a tie.
+Contestants: `base`, `refiner` (rewritten prompts, base generator), `generator` (plain prompts, trained generator),
+`both`, the folders of bench.contestants, and `photographs`; the same test prompts and noise for all, Euler sampling.
+Every picture, a photograph too, becomes one JPEG of one size under <out>/bench/pictures, named by what made it
+(weights, text, noise, steps): nothing is drawn twice, no two models share a picture, and detectors, judges and people
+see the same file. Detector-Scoring asks every reward and held-out detector. Arena-Scoring asks a judge which of two
+pictures is more real, in both orders: an answer that changes with the order is a tie. A model's answers stand in
+<out>/bench/judgements.jsonl, and only what is open is asked.
 
-<out>/bench.json; v = {"mean", "low", "high"}, a 95% interval:
+<out>/bench.json; v = {"mean", "low", "high"}, a 95% interval; a tie is half a win:
 
     pictures                                per own contestant
     missing.<contestant>                    names of pictures that are not there or cannot be read
     scores.<contestant>.<metric>            v
-    difference.<contestant>.<metric>        v    contestant - base, paired by prompt
-    real.<contestant>.<detector|judge>      v    share judged real: P(real) > 0.5, or the judge's verdict on one picture
-    categories.<category>.<contestant>.<metric>   v    where bench.categories names them
-    arena.<a>.<b>                           {"win", "tie", "loss", "errors", "rate", "low", "high"}   of a against b; a tie is half a win
-    rating.<contestant>                     v    Bradley-Terry, 400 points are odds of 10 to 1, the mean of all is 1000
+    difference.<contestant>.<metric>        v, contestant - base, paired by prompt
+    real.<contestant>.<detector|judge>      v, share judged real: P(real) > 0.5, or the judge's verdict on one picture
+    categories.<category>.<contestant>.<metric>   v
+    arena.<a>.<b>                           {"win", "tie", "loss", "errors", "rate", "low", "high"} of a over b
+    rating.<contestant>                     v, Bradley-Terry; 400 points are odds of 10 to 1, the mean of all is 1000
     judge                                   {"name", "pairs", "answered", "unparsed", "failed", "calls", "calls_total",
                                              "position_bias", "order_changed"}
-    human                                   {"votes", "compared", "tau": v, "rho": v, "agreement": v, "rating": {contestant: v}}
+    human                                   {"votes", "compared", "tau": v, "rho": v, "agreement": v,
+                                            "rating": {contestant: v}}
     selftest.<distortion>.<measure>         {"levels": [untouched, weak, middle, strong], "tau": v, "below", "ordered"}
 
-Metrics: each training reward (`alignment` is against the user's prompt), each held-out detector, `reward` (training rewards by weight),
-`heldout` (mean of the held-out detectors), `kid` (to the photographs, lower is better). position_bias: share of answers that name the
-first picture, 0.5 is none. Intervals: prompts are resampled, not pictures, because pictures of one prompt are alike; for photographs,
-pictures. KID is no mean, so its interval comes from random halves: a half drawn without replacement varies around the whole as the
-whole varies around the truth.
+Metrics: each training reward (`alignment` is against the user's prompt), each held-out detector, `reward` (training
+rewards by weight), `heldout` (mean of the held-out detectors), `kid` (to the photographs, lower is better).
+position_bias: share of answers that name the first picture, 0.5 is none. Intervals: prompts are resampled, not
+pictures, because pictures of one prompt are alike; for photographs, pictures. KID is no mean, so its interval comes
+from random halves: a half drawn without replacement varies around the whole as the whole varies around the truth.
 """
 
 import base64
@@ -89,7 +92,7 @@ def unit_means(values):
 
 
 def bootstrap(values, resamples, rng):
-    """values (units, pictures) -> {"mean", "low", "high"}: percentile interval over resampled units; None if there are none"""
+    """values (units, pictures) -> percentile interval over resampled units; None if there are none"""
     units = unit_means(values)
     units = units[~np.isnan(units)]
     if not len(units):
@@ -98,7 +101,7 @@ def bootstrap(values, resamples, rng):
 
 
 def kid_interval(features, base, photos, resamples, rng):
-    """KID of features (units, pictures, D) to photos (m, D), and its difference to base's -> two {"mean", "low", "high"}"""
+    """KID of features (units, pictures, D) to photos (m, D), and its difference to base's -> two intervals"""
 
     def whole(x, rows, reals):
         x = x[rows].flatten(0, 1)
@@ -113,7 +116,7 @@ def kid_interval(features, base, photos, resamples, rng):
     draws = np.array(draws)  # (draws, 2)
     results = []
     for center, values in ((everything[0], draws[:, 0]), (everything[0] - everything[1], draws[:, 0] - draws[:, 1])):
-        results.append(interval(center, values - values.mean() + center))
+        results.append(interval(center, values - np.nanmean(values) + center))
     return results
 
 
@@ -168,7 +171,7 @@ def key(*parts):
 
 
 def fingerprint(modules):
-    """Up to 64 values of every tensor, so that weights are known by what they are, LoRA included, not by a folder's name"""
+    """Up to 64 values of every tensor, LoRA included: weights are known by what they are, not by a folder's name"""
     digest = hashlib.sha256()
     for module in modules:
         for name, value in module.state_dict().items():
@@ -231,17 +234,29 @@ def draw(run, cfg, prompts, folder):
     return own
 
 
-def listing(where, path, prompts):
-    """A folder of 00000.jpg, 00001.jpg ... by the prompt's index, or JSON lines {"image", "prompt"} -> [(file, text)]"""
+def listing(where, path, prompts, photographs=False):
+    """A folder of 00000.jpg ... by the prompt's line, or JSON lines {"image", "prompt"} -> [(prompt, file, text)]
+
+    The captions of photographs may be their own; a contestant draws the test prompts, all of them.
+    """
     path = Path(path)
     if path.is_file():
         try:
             rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-            return [(path.parent / row["image"], row["prompt"]) for row in rows]
+            rows = [(path.parent / row["image"], row["prompt"]) for row in rows]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f'{where}: {path}: {error!r}; expected JSON lines {{"image", "prompt"}}') from error
+        if photographs:
+            return [(i, *row) for i, row in enumerate(rows)]
+        for _, text in rows:
+            if text not in prompts:
+                raise ValueError(f"{where}: {path} holds {text!r}, which is no line of test_prompts; expected those")
+        found = [[f for f, text in rows if text == p] or [path.parent / f"no picture of {p}"] for p in prompts]
+        return [(i, f, prompts[i]) for i, files in enumerate(found) for f in files]
     if not path.is_dir():
-        raise ValueError(f'{where}: {path} does not exist; expected a folder of 00000.jpg ... or JSON lines {{"image", "prompt"}}')
+        raise ValueError(
+            f'{where}: {path} does not exist; expected a folder of 00000.jpg ... or JSON lines {{"image", "prompt"}}'
+        )
     found = {int(f.stem): f for f in sorted(path.iterdir()) if f.stem.isdigit()}
     if not found or max(found) >= len(prompts):
         what = f"picture {found[max(found)].name}" if found else "no picture named by a number"
@@ -249,54 +264,49 @@ def listing(where, path, prompts):
             f"{where}: {path} has {what}, but there are {len(prompts)} prompts; "
             f"expected 00000.jpg to {len(prompts) - 1:05d}.jpg, one a prompt"
         )
-    return [(found.get(i, path / f"{i:05d}.jpg"), prompt) for i, prompt in enumerate(prompts)]
+    return [(i, found.get(i, path / f"{i:05d}.jpg"), prompt) for i, prompt in enumerate(prompts)]
 
 
 def adopt(run, cfg, where, rows, folder, photographs=False):
-    """Pictures from elsewhere into the common size and codec: rows [(file, text)] -> [cached file or None], names of the missing
+    """Pictures from elsewhere into the common size and codec: rows of `listing` -> those that could be read, other names
 
-    Photographs are cropped to the generator's size and, with autoencode_photos, pass through its autoencoder; a contestant of
-    another size is refused.
+    Photographs are cropped to the generator's size and, with autoencode_photos, pass through its autoencoder; a
+    contestant of another size is refused.
     """
-    size, cached, missing = (cfg.generator.height, cfg.generator.width), [], []
+    size, adopted, missing = (cfg.generator.height, cfg.generator.width), [], []
     through = fingerprint([run.generator.pipe.vae]) if photographs and cfg.autoencode_photos else None
-    for file, _ in tqdm(rows, desc=f"read {where}", leave=False):
+    for i, file, text in tqdm(rows, desc=f"read {where}", leave=False):
         try:
             target = folder / "pictures" / f"{key(hashlib.sha256(file.read_bytes()).hexdigest(), size, through)}.jpg"
             image = None if target.exists() else R.read_image(file, size if photographs else None)
         except (OSError, ValueError):
             missing.append(file.name)
-            cached.append(None)
             continue
+        if image is not None and image.shape[1:] != size:
+            raise ValueError(
+                f"{where}: {file} is {image.shape[2]} x {image.shape[1]} pixels; expected {size[1]} x {size[0]} "
+                "(generator.width x height) like every other contestant: draw or resize it to that"
+            )
         if image is not None:
-            if image.shape[1:] != size:
-                raise ValueError(
-                    f"{where}: {file} is {image.shape[2]} x {image.shape[1]} pixels; expected {size[1]} x {size[0]} "
-                    "(generator.width x height) like every other contestant: draw or resize it to that"
-                )
             write_picture(run.real(image[None])[0] if through else image, target)
-        cached.append(target)
-    if len(rows) - len(missing) < 4:
-        raise ValueError(f"{where}: {len(rows) - len(missing)} pictures can be read; expected at least 4")
+        adopted.append((i, target, text))
+    if len(adopted) < 4:
+        raise ValueError(f"{where}: {len(adopted)} pictures can be read; expected at least 4")
     if missing:
         print(f"{where}: {len(missing)} of {len(rows)} pictures are missing or unreadable: {', '.join(missing)}")
-    return cached, missing
+    return adopted, missing
 
 
 def gather(run, cfg, prompts, folder):
     """Every contestant, photographs last -> {name: Contestant}, {name: names of missing pictures}"""
     contestants, missing = draw(run, cfg, prompts, folder), {}
     for name, path in cfg.bench.contestants.items():
-        rows = listing(f"bench.contestants.{name}", path, prompts)
-        cached, missing[name] = adopt(run, cfg, f"bench.contestants.{name}", rows, folder)
-        files = [[f for f, (_, text) in zip(cached, rows) if f and text == prompt] for prompt in prompts]
-        if Path(path).is_dir():  # by index, because two prompts may have the same text
-            files = [[f] if f else [] for f in cached]
-        contestants[name] = Contestant(files, prompts)
-    rows = listing("test_photos", cfg.test_photos, prompts)
-    cached, missing["photographs"] = adopt(run, cfg, "test_photos", rows, folder, photographs=True)
-    kept = [(f, text) for f, (_, text) in zip(cached, rows) if f]
-    contestants["photographs"] = Contestant([[f] for f, _ in kept], [text for _, text in kept])
+        where = f"bench.contestants.{name}"
+        rows, missing[name] = adopt(run, cfg, where, listing(where, path, prompts), folder)
+        contestants[name] = Contestant([[f for i, f, _ in rows if i == p] for p in range(len(prompts))], prompts)
+    photos = listing("test_photos", cfg.test_photos, prompts, photographs=True)
+    rows, missing["photographs"] = adopt(run, cfg, "test_photos", photos, folder, photographs=True)
+    contestants["photographs"] = Contestant([[f] for _, f, _ in rows], [text for *_, text in rows])
     return contestants, {name: names for name, names in missing.items() if names}
 
 
@@ -305,7 +315,7 @@ def gather(run, cfg, prompts, folder):
 
 @torch.no_grad()
 def over(contestant, cfg, device, function):
-    """function(images (b,3,H,W), texts) -> {name: (b, ...)}, over all pictures -> {name: (units, pictures, ...)}, NaN where none"""
+    """function(images (b,3,H,W), texts) -> {name: (b, ...)}; in all {name: (units, pictures, ...)}, NaN where none"""
     rows = [(u, k, f) for u, files in enumerate(contestant.files) for k, f in enumerate(files)]
     parts = []
     for i in range(0, len(rows), cfg.micro_batch):
@@ -350,7 +360,9 @@ def detector_scoring(cfg, values, features):
         if name != "photographs":
             paired = {m: (unit_means(v) - unit_means(values["base"][m]))[:, None] for m, v in metrics.items()}
             difference[name] = {m: bootstrap(v, n, rng) for m, v in paired.items()}
-            scores[name]["kid"], difference[name]["kid"] = kid_interval(features[name], features["base"], photos, n, rng)
+            scores[name]["kid"], difference[name]["kid"] = kid_interval(
+                features[name], features["base"], photos, n, rng
+            )
         real[name] = {m: bootstrap(v, n, rng) for m, v in share.items()}
     return scores, difference, real
 
@@ -372,36 +384,51 @@ def by_category(cfg, values, contestants, prompts, categories):
 # ---------------------------------------------------------------- the judge
 
 TASK = """You are shown {what}. Look for what cameras do not do: anatomy and faces (hands, eyes, teeth, skin like wax), \
-repetition (copied details, texture that repeats), lighting (shadows and reflections that disagree), edges (halos, outlines \
-that melt into each other) and colour consistency (casts, saturation no lens would give). Do not judge beauty, subject or size. """
+repetition (copied details, texture that repeats), lighting (shadows and reflections that disagree), edges (halos, \
+outlines that melt into each other) and colour consistency (casts, saturation no lens would give). Beauty, subject and \
+size do not count. {question} Reply with JSON only: {json}"""
 QUESTIONS = {  # kind: (the question, what may be answered)
     "pair": (
-        TASK.format(what="two pictures of the same subject")
-        + 'Which one is more likely to be an unedited photograph? Reply with JSON only: {"anatomy": ..., "repetition": ..., '
-        '"lighting": ..., "edges": ..., "colour": ..., "answer": ...}, each "first", "second" or "tie".',
+        TASK.format(
+            what="two pictures",
+            question="Which one is more likely to be an unedited photograph?",
+            json='{"anatomy": ..., "repetition": ..., "lighting": ..., "edges": ..., "colour": ..., "answer": ...}, '
+            'each "first", "second" or "tie".',
+        ),
         ("first", "second", "tie"),
     ),
     "single": (
-        TASK.format(what="a picture")
-        + 'Is it an unedited photograph ("real") or made by a computer ("fake")? Reply with JSON only: {"answer": "real" or "fake"}.',
+        TASK.format(
+            what="a picture",
+            question="Is it an unedited photograph (real) or made by a computer (fake)?",
+            json='{"answer": "real" or "fake"}.',
+        ),
         ("real", "fake"),
     ),
 }
 
 
 def parse(text, allowed):
-    """A judge's reply -> one of `allowed`, or None: the last "answer" of the JSON, or a reply that is little more than the word"""
+    """A judge's reply -> one of `allowed`, or None: the last "answer" of the JSON, or hardly more than the word"""
     text, words = text.rpartition("</think>")[2].lower(), "|".join(allowed)
     found = re.findall(rf"\banswer\W*(?:is\W+)?(?:the\W+)?({words})\b", text)
     found = found or re.findall(rf"^\W*(?:the\W+)?({words})(?:\W+(?:picture|image|one))?\W*$", text)
     return found[-1] if found else None
 
 
+def realness(values, contestants):
+    """{picture: mean of the held-out detectors}, which is all that the detector judge looks at"""
+    result = {}
+    for name, metrics in values.items():
+        for files, row in zip(contestants[name].files, metrics.get("heldout", ())):
+            result |= {f.stem: float(v) for f, v in zip(files, row)}
+    return result
+
+
 class Judge:
-    """Answers ("pair", picture, picture) and ("single", picture), pictures by their key. A model's replies are logged and never asked again."""
+    """Answers ("pair", picture, picture) and ("single", picture); pictures by their key, as the log names them."""
 
     def __init__(self, cfg, folder, realness, device):
-        """realness {picture: mean of the held-out detectors}, which is all that the detector judge looks at"""
         self.cfg, self.folder, self.realness, self.device = cfg, folder, realness, device
         self.name = " ".join(w for w in (cfg.kind, cfg.model, cfg.base_url if cfg.kind == "openai" else "") if w)
         self.log, self.lock, self.model = folder / "judgements.jsonl", threading.Lock(), None
@@ -444,7 +471,9 @@ class Judge:
                     bar.update()
                     in_a_row = in_a_row + 1 if error and error != "unparsed" else 0
                     if in_a_row == min(GIVE_UP, len(questions)):
-                        raise ValueError(f"bench.judge: {self.name}: {in_a_row} questions in a row failed, the last with {error}")
+                        raise ValueError(
+                            f"bench.judge: {self.name}: {in_a_row} questions in a row failed, the last: {error}"
+                        )
             except BaseException as stop:
                 pool.shutdown(cancel_futures=True)  # waits for what is under way, which is kept
                 if isinstance(stop, ValueError):
@@ -488,7 +517,9 @@ class Judge:
             except urllib.error.HTTPError as problem:
                 error = f"HTTP {problem.code}"
                 if problem.code in (401, 403, 404):
-                    remedy = f"the key in {self.cfg.key or 'bench.judge.key'}, bench.judge.model and bench.judge.base_url"
+                    remedy = (
+                        f"the key in {self.cfg.key or 'bench.judge.key'}, bench.judge.model and bench.judge.base_url"
+                    )
                     raise ValueError(f"bench.judge: {self.name} answers {error}; check {remedy}") from problem
                 if problem.code < 500 and problem.code not in (408, 409, 429):
                     return "", error, attempt + 1  # this question is refused; asking again changes nothing
@@ -507,7 +538,9 @@ class Judge:
 
         try:
             self.processor = AutoProcessor.from_pretrained(self.cfg.model)
-            self.model = AutoModelForImageTextToText.from_pretrained(self.cfg.model, dtype="auto").to(self.device).eval()
+            self.model = (
+                AutoModelForImageTextToText.from_pretrained(self.cfg.model, dtype="auto").to(self.device).eval()
+            )
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"bench.judge.model: {self.cfg.model} cannot be loaded ({str(error).splitlines()[0]}); "
@@ -522,7 +555,9 @@ class Judge:
             [{"role": "user", "content": [*content, {"type": "text", "text": text}]}],
             add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
         ).to(self.device, self.model.dtype)  # fmt: skip
-        ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)[0, inputs["input_ids"].shape[1] :]
+        ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)[
+            0, inputs["input_ids"].shape[1] :
+        ]
         return self.processor.decode(ids, skip_special_tokens=True), None, 1
 
 
@@ -530,7 +565,7 @@ class Judge:
 
 
 def same_subject(prompts, captions):
-    """For each prompt the indices of the captions that share most of its words (Jaccard): its own photograph if there is one"""
+    """For each prompt the indices of the captions that share most of its words (Jaccard), its own if there"""
     words = [set(re.findall(r"\w+", c.lower())) for c in captions]
     result = []
     for prompt in prompts:
@@ -549,9 +584,9 @@ def opponents(contestants, prompts):
 
 
 def matches(pictures, limit):
-    """pictures {contestant: per prompt its pictures} -> [(a, b, prompt, picture of a, picture of b)] for all pairs of contestants
+    """{contestant: per prompt its pictures} -> [(a, b, prompt, picture of a, picture of b)] for all pairs of contestants
 
-    Picture m meets picture m, drawn from the same noise; at most `limit` a pair of contestants, spread over the prompts.
+    Picture m meets picture m, drawn from the same noise; at most `limit` a pair of contestants, over all prompts.
     """
     names, result = list(pictures), []
     shuffled = np.random.default_rng(BENCH).permutation(len(pictures[names[0]])).tolist()
@@ -606,33 +641,27 @@ def rate(results, names, units, resamples):
     return arena, {n: interval(ratings[0, i], ratings[1:, i]) for i, n in enumerate(names)}, ratings
 
 
-def arena_scoring(cfg, judge, pictures, units):
-    """-> arena, rating, {contestant: share judged real}, results of the matches by prompt"""
-    rows = matches(pictures, cfg.bench.pairs)
-    results = hold(judge, rows)
-    arena, rating, _ = rate(results, list(pictures), units, cfg.bench.resamples)
-    share = {}
-    if cfg.bench.judge.kind != "detector":  # whose verdict is `heldout` of Detector-Scoring
-        shown = {n: {p: [] for p in range(units)} for n in pictures}
-        for a, b, p, x, y in rows:
-            shown[a][p].append(x)
-            shown[b][p].append(y)
-        judge.ask([("single", x) for by_prompt in shown.values() for row in by_prompt.values() for x in row])
-        verdict = {"real": 1.0, "fake": 0.0}
-        for name, by_prompt in shown.items():
-            said = [[verdict.get(judge.answers.get(("single", x)), np.nan) for x in set(row)] for row in by_prompt.values()]
-            means = np.array([np.nanmean(v) if np.isfinite(v).any() else np.nan for v in said])
-            share[name] = bootstrap(means[:, None], cfg.bench.resamples, np.random.default_rng(BENCH))
-    return arena, rating, share, results
+def verdicts(judge, rows, names, units, resamples):
+    """{contestant: share judged real, one picture at a time}, of the pictures that the matches show"""
+    shown = {n: [set() for _ in range(units)] for n in names}
+    for a, b, p, x, y in rows:
+        shown[a][p].add(x)
+        shown[b][p].add(y)
+    judge.ask([("single", x) for sets in shown.values() for pictures in sets for x in sorted(pictures)])
+    value, result = {"real": 1.0, "fake": 0.0, None: np.nan}, {}
+    for name, sets in shown.items():
+        table = np.full((units, max(map(len, sets))), np.nan)
+        for p, pictures in enumerate(sets):
+            table[p, : len(pictures)] = [value[judge.answers.get(("single", x))] for x in pictures]
+        result[name] = bootstrap(table, resamples, np.random.default_rng(BENCH))
+    return result
 
 
 def summary(judge, results):
     """How far the judge may be believed, and what it cost"""
-    answers = [a for q, a in judge.answers.items() if q[0] == "pair" and a != "tie"]
-    both = [
-        (a, judge.answers.get(("pair", q[2], q[1]))) for q, a in judge.answers.items() if q[0] == "pair" and q[1] < q[2]
-    ]
-    both = [{a, b} for a, b in both if b]
+    pairs = {q: a for q, a in judge.answers.items() if q[0] == "pair"}
+    named = [a for a in pairs.values() if a != "tie"]
+    both = [(a, pairs[k, y, x]) for (k, x, y), a in pairs.items() if x < y and (k, y, x) in pairs]
     unparsed = list(judge.errors.values()).count("unparsed")
     return {
         "name": judge.name,
@@ -642,8 +671,8 @@ def summary(judge, results):
         "failed": len(judge.errors) - unparsed,
         "calls": judge.calls,
         "calls_total": judge.calls_total,
-        "position_bias": answers.count("first") / len(answers) if answers else None,
-        "order_changed": np.mean([len(s) == 1 and "tie" not in s for s in both]).item() if both else None,
+        "position_bias": named.count("first") / len(named) if named else None,
+        "order_changed": sum(a == b != "tie" for a, b in both) / len(both) if both else None,
     }
 
 
@@ -651,7 +680,7 @@ def summary(judge, results):
 
 
 def read_votes(path, names, prompts):
-    """CSV (prompt, left, right, vote) -> [(left, right, prompt index, 1 left, 0 tie, -1 right)]; a bad row is named by its line"""
+    """CSV (prompt, left, right, vote) -> [(left, right, prompt's index, 1 left, 0 tie, -1 right)]"""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"bench.human: {path} is not a file; expected the CSV that bench.html saves")
@@ -673,7 +702,7 @@ def read_votes(path, names, prompts):
 def compare_people(votes, results, names, units, resamples):
     """Do people and the arena rank alike (tau-b, rho of the ratings), and do they agree on the same pair of pictures?
 
-    Agreement: 1 the same answer, 1/2 if just one of the two is a tie, 0 opposite; votes on pairs without a judgement are left out.
+    Agreement: 1 the same answer, 1/2 if just one of the two is a tie, 0 opposite; only where there is a judgement.
     """
     names = [n for n in names if any(n in v[:2] for v in votes)]
     counts = resample(units, resamples, np.random.default_rng(BENCH))  # the same prompts for both sides
@@ -746,8 +775,8 @@ DISTORTIONS = {  # weak, middle, strong
 def selftest(run, cfg, judge, photographs, heldout, folder):
     """Spoiled photographs must rank below untouched ones, more spoiled below less: {distortion: {measure: ...}}
 
-    tau: Kendall's tau-b of minus the strength (0 to 3) and the four levels of the measure (mean P(real); the rating of the four in
-    the arena). below: every strength is under the untouched. ordered: and each under the one before.
+    tau: Kendall's tau-b of minus the strength (0 to 3) and the four levels of the measure (mean P(real); in the arena
+    the rating of the four). below: every strength is under the untouched. ordered: and each under the one before.
     """
     files, result = [f[0] for f in photographs.files[: cfg.bench.pairs]], {}
     texts, units = photographs.texts[: len(files)], len(files)
@@ -802,7 +831,10 @@ def table(scores, difference):
 def arena_table(arena, rating):
     """Rating, then the win rate of the row over the column"""
     names = list(rating)
-    lines = ["| contestant | rating | " + " | ".join(f"over {n}" for n in names) + " |", "|---|" + "---|" * (len(names) + 1)]
+    lines = [
+        "| contestant | rating | " + " | ".join(f"over {n}" for n in names) + " |",
+        "|---|" + "---|" * (len(names) + 1),
+    ]
     for a in names:
         row = {b: v | {"mean": v["rate"]} for b, v in arena.get(a, {}).items()}
         lines.append(f"| {a} | {cell(rating[a], digits=0)} | " + " | ".join(cell(row.get(b)) for b in names) + " |")
@@ -820,9 +852,9 @@ def markdown(result):
     lines += ["## Arena-Scoring", "", *arena_table(result["arena"], result["rating"]), ""]
     bias, changed = (f"{judge[n]:.1%}" if judge[n] is not None else "-" for n in ("position_bias", "order_changed"))
     lines += [
-        f"Judge: {judge['name']}; {judge['pairs']} pairs of pictures, each in both orders; {judge['unparsed']} replies unparsed, "
-        f"{judge['failed']} failed; {judge['calls']} calls in this run, {judge['calls_total']} in all. It names the first picture in "
-        f"{bias} of its answers (50% is no bias) and changes its answer with the order in {changed} of the pairs.",
+        f"Judge: {judge['name']}; {judge['pairs']} pairs of pictures, each in both orders; {judge['unparsed']} replies "
+        f"unparsed, {judge['failed']} failed; {judge['calls']} calls in this run, {judge['calls_total']} in all. It names "
+        f"the first picture in {bias} of its answers (50% is no bias) and changes its answer with the order in {changed} of the pairs.",
         "",
     ]
     if "human" in result:
@@ -846,7 +878,7 @@ def markdown(result):
 
 
 def gallery(cfg, pictures, prompts, values, contestants, folder):
-    """What bench.html shows: the first pictures of some prompts as data URLs, at most 512 pixels wide, with their scores"""
+    """What bench.html shows: the first pictures of some prompts as data URLs of at most 512 pixels, with their scores"""
     shown, result = {}, []
     for name, metrics in values.items():
         for u, files in enumerate(contestants[name].files):
@@ -890,11 +922,15 @@ def check(cfg, prompts):
         raise ValueError(f"test_prompts: {len(prompts)} prompts; expected at least 4, or there is no interval")
     for name, path in b.contestants.items():
         if name in (*OWN, "photographs"):
-            raise ValueError(f"bench.contestants.{name}: the name is taken; expected none of {', '.join(OWN)}, photographs")
+            raise ValueError(
+                f"bench.contestants.{name}: the name is taken; expected none of {', '.join(OWN)}, photographs"
+            )
         listing(f"bench.contestants.{name}", path, prompts)
-    listing("test_photos", cfg.test_photos, prompts)
+    listing("test_photos", cfg.test_photos, prompts, photographs=True)
     if judge.kind == "detector" and not cfg.rewards.heldout:
-        raise ValueError("bench.judge.kind: detector needs rewards.heldout, which is empty; name one, or choose vlm or openai")
+        raise ValueError(
+            "bench.judge.kind: detector needs rewards.heldout, which is empty; name one, or choose vlm or openai"
+        )
     if judge.kind != "detector" and not judge.model:
         raise ValueError(f"bench.judge.model: empty; expected the model that bench.judge.kind={judge.kind} asks")
     if judge.kind == "openai" and judge.key and not os.environ.get(judge.key):
@@ -908,11 +944,22 @@ def check(cfg, prompts):
     return categories, read_votes(b.human, names, prompts) if b.human else []
 
 
+def arena_scoring(cfg, judge, pictures, prompts, votes):
+    """-> the keys arena, rating, human of the result, verdicts on single pictures, results of the matches"""
+    rows, names, size = matches(pictures, cfg.bench.pairs), list(pictures), (len(prompts), cfg.bench.resamples)
+    results = hold(judge, rows)
+    arena, rating, _ = rate(results, names, *size)
+    found = {"arena": arena, "rating": rating}
+    if votes:
+        found["human"] = compare_people(votes, results, names, *size)
+    # the detector judge's verdict is `heldout` of Detector-Scoring
+    return found, {} if cfg.bench.judge.kind == "detector" else verdicts(judge, rows, names, *size), results
+
+
 def main(cfg):
-    out, start, seconds = Path(cfg.out), time.perf_counter(), {}
+    start, seconds, folder = time.perf_counter(), {}, Path(cfg.out) / "bench"
     prompts = grpo.read_prompts(cfg.test_prompts)
     categories, votes = check(cfg, prompts)
-    folder = out / "bench"
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
 
     def lap(name):
@@ -925,20 +972,23 @@ def main(cfg):
     lap("draw")
     values, features = detect(run, cfg, contestants, heldout)
     scores, difference, real = detector_scoring(cfg, values, features)
-    lap("score")
-    realness = {}
-    for name, c in contestants.items() if heldout else ():
-        realness |= {f.stem: float(values[name]["heldout"][u, k]) for u, fs in enumerate(c.files) for k, f in enumerate(fs)}
-    judge, pictures = Judge(cfg.bench.judge, folder, realness, run.device), opponents(contestants, prompts)
-    arena, rating, share, results = arena_scoring(cfg, judge, pictures, len(prompts))
-    for name, v in share.items():
-        real[name]["judge"] = v
-    result = {"pictures": len(prompts) * cfg.bench.images, "missing": missing, "scores": scores, "difference": difference}
-    result |= {"real": real, "arena": arena, "rating": rating}
+    result = {
+        "pictures": len(prompts) * cfg.bench.images,
+        "missing": missing,
+        "scores": scores,
+        "difference": difference,
+    }
     if categories:
         result["categories"] = by_category(cfg, values, contestants, prompts, categories)
-    if votes:
-        result["human"] = compare_people(votes, results, list(pictures), len(prompts), cfg.bench.resamples)
+    lap("score")
+    judge, pictures = (
+        Judge(cfg.bench.judge, folder, realness(values, contestants), run.device),
+        opponents(contestants, prompts),
+    )
+    found, share, results = arena_scoring(cfg, judge, pictures, prompts, votes)
+    for name, v in share.items():
+        real[name]["judge"] = v
+    result |= {"real": real} | found
     lap("judge")
     if cfg.bench.selftest:
         result["selftest"] = selftest(run, cfg, judge, contestants["photographs"], heldout, folder)
@@ -947,11 +997,11 @@ def main(cfg):
     report(cfg, result, gallery(cfg, pictures, prompts, values, contestants, folder))
     print("\n".join(markdown(result)))
     print(
-        f"{result['pictures']} pictures per contestant, {len(contestants['photographs'].files)} photographs. seconds: "
-        + ", ".join(f"{n} {s:.0f}" for n, s in seconds.items())
-        + f"; in all {sum(seconds.values()):.0f}. Peak memory {grpo.peak_memory():.1f} GiB."
+        f"{result['pictures']} pictures per contestant, {len(contestants['photographs'].files)} photographs; 95% intervals. "
+        + f"seconds: {', '.join(f'{n} {s:.0f}' for n, s in seconds.items())}; in all {sum(seconds.values()):.0f}. "
+        + f"Peak memory {grpo.peak_memory():.1f} GiB."
     )
-    print(f"wrote {out}/bench.json, {out}/bench.md and {out}/bench.html, whose last section is a voting page")
+    print(f"wrote {cfg.out}/bench.json, {cfg.out}/bench.md and {cfg.out}/bench.html, which is also the voting page")
 
 
 # ---------------------------------------------------------------- bench.html
