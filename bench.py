@@ -268,7 +268,7 @@ def listing(where, path, prompts, photographs=False):
 
 
 def adopt(run, cfg, where, rows, folder, photographs=False):
-    """Pictures from elsewhere into the common size and codec: rows of `listing` -> those that could be read, other names
+    """Pictures from elsewhere into the common size and codec: rows of `listing` -> those that can be read, the others
 
     Photographs are cropped to the generator's size and, with autoencode_photos, pass through its autoencoder; a
     contestant of another size is refused.
@@ -383,8 +383,8 @@ def by_category(cfg, values, contestants, prompts, categories):
 
 # ---------------------------------------------------------------- the judge
 
-TASK = """You are shown {what}. Look for what cameras do not do: anatomy and faces (hands, eyes, teeth, skin like wax), \
-repetition (copied details, texture that repeats), lighting (shadows and reflections that disagree), edges (halos, \
+TASK = """You are shown {what}. Look for what cameras do not do: anatomy and faces (hands, eyes, teeth, skin like wax),\
+ repetition (copied details, texture that repeats), lighting (shadows and reflections that disagree), edges (halos, \
 outlines that melt into each other) and colour consistency (casts, saturation no lens would give). Beauty, subject and \
 size do not count. {question} Reply with JSON only: {json}"""
 QUESTIONS = {  # kind: (the question, what may be answered)
@@ -584,7 +584,7 @@ def opponents(contestants, prompts):
 
 
 def matches(pictures, limit):
-    """{contestant: per prompt its pictures} -> [(a, b, prompt, picture of a, picture of b)] for all pairs of contestants
+    """{contestant: per prompt its pictures} -> [(a, b, prompt, picture of a, picture of b)] for all pairs
 
     Picture m meets picture m, drawn from the same noise; at most `limit` a pair of contestants, over all prompts.
     """
@@ -853,8 +853,9 @@ def markdown(result):
     bias, changed = (f"{judge[n]:.1%}" if judge[n] is not None else "-" for n in ("position_bias", "order_changed"))
     lines += [
         f"Judge: {judge['name']}; {judge['pairs']} pairs of pictures, each in both orders; {judge['unparsed']} replies "
-        f"unparsed, {judge['failed']} failed; {judge['calls']} calls in this run, {judge['calls_total']} in all. It names "
-        f"the first picture in {bias} of its answers (50% is no bias) and changes its answer with the order in {changed} of the pairs.",
+        f"unparsed, {judge['failed']} failed; {judge['calls']} calls in this run, {judge['calls_total']} in all. It "
+        f"names the first picture in {bias} of its answers (50% is no bias) and changes its answer with the order in "
+        f"{changed} of the pairs.",
         "",
     ]
     if "human" in result:
@@ -878,7 +879,7 @@ def markdown(result):
 
 
 def gallery(cfg, pictures, prompts, values, contestants, folder):
-    """What bench.html shows: the first pictures of some prompts as data URLs of at most 512 pixels, with their scores"""
+    """What bench.html shows: the first pictures of some prompts as data URLs, 512 pixels at most, and scores"""
     shown, result = {}, []
     for name, metrics in values.items():
         for u, files in enumerate(contestants[name].files):
@@ -997,7 +998,7 @@ def main(cfg):
     report(cfg, result, gallery(cfg, pictures, prompts, values, contestants, folder))
     print("\n".join(markdown(result)))
     print(
-        f"{result['pictures']} pictures per contestant, {len(contestants['photographs'].files)} photographs; 95% intervals. "
+        f"{result['pictures']} pictures per contestant, {len(features['photographs'])} photographs; 95% intervals. "
         + f"seconds: {', '.join(f'{n} {s:.0f}' for n, s in seconds.items())}; in all {sum(seconds.values()):.0f}. "
         + f"Peak memory {grpo.peak_memory():.1f} GiB."
     )
