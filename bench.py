@@ -469,8 +469,11 @@ class Judge:
                 for future in as_completed(futures):
                     error = future.result()
                     bar.update()
-                    in_a_row = in_a_row + 1 if error and error != "unparsed" else 0
-                    if in_a_row == min(GIVE_UP, len(questions)):
+                    if error is None or error == "unparsed":
+                        in_a_row = 0
+                    elif not (self.answers and error.startswith("refused")):  # one picture may offend, not all
+                        in_a_row += 1
+                    if in_a_row == (GIVE_UP if self.answers else min(GIVE_UP, len(questions))):
                         raise ValueError(
                             f"bench.judge: {self.name}: {in_a_row} questions in a row failed, the last: {error}"
                         )
@@ -522,7 +525,7 @@ class Judge:
                     )
                     raise ValueError(f"bench.judge: {self.name} answers {error}; check {remedy}") from problem
                 if problem.code < 500 and problem.code not in (408, 409, 429):
-                    return "", error, attempt + 1  # this question is refused; asking again changes nothing
+                    return "", f"refused with {error}", attempt + 1  # asking again changes nothing
                 after = problem.headers.get("Retry-After", "")
                 wait = min(float(after), 60.0) if after.isdigit() else wait
             except (OSError, http.client.HTTPException) as problem:  # no connection, reset, time-out
@@ -1032,8 +1035,8 @@ th[aria-sort=ascending] button::after { content: " ▲" } th[aria-sort=descendin
 td small { display: block; color: var(--soft); font-size: .78em; line-height: 1.1 }
 svg text { fill: var(--ink); font-size: 13px } svg .soft { fill: var(--soft); font-size: 11px }
 .pictures td, .pictures th { text-align: center; padding: .2rem; border: 0 }
-.pictures td:first-child, .pictures th:first-child { text-align: left; white-space: normal; min-width: 7.5rem; max-width: 12rem; font-size: .85rem }
-.pictures img { width: clamp(72px, 13vw, 150px); border-radius: 4px; display: block; margin: auto; cursor: pointer }
+.pictures td:first-child, .pictures th:first-child { text-align: left; white-space: normal; min-width: 6.5rem; max-width: 12rem; font-size: .85rem }
+.pictures img { width: clamp(60px, 13vw, 150px); border-radius: 4px; display: block; margin: auto; cursor: pointer }
 img { image-rendering: auto } img.small { image-rendering: pixelated }
 #tip { position: fixed; z-index: 9; pointer-events: none; background: var(--ink); color: var(--bg); border-radius: 6px; padding: .4rem .6rem; font-size: .8rem; display: none; font-variant-numeric: tabular-nums }
 #tip div { display: flex; justify-content: space-between; gap: 1rem }
@@ -1090,7 +1093,7 @@ $("about").textContent = `${result.pictures} pictures per own contestant; mean a
   const low = Math.floor(Math.min(...rows.map(r => r[1].low)) / step) * step, high = Math.ceil(Math.max(...rows.map(r => r[1].high)) / step) * step
   const x = v => 120 + 290 * (v - low) / (high - low || 1), height = rows.length * 30 + 30
   const ticks = [...Array((high - low) / step + 1)].map((_, i) => low + i * step)
-  $("plot").innerHTML = `<svg viewBox="0 0 460 ${height}" style="width:100%;max-width:760px" role="img" aria-label="ratings with intervals">` +
+  $("plot").innerHTML = `<svg viewBox="0 0 460 ${height}" style="width:100%;max-width:600px" role="img" aria-label="ratings with intervals">` +
     ticks.map(t => `<line x1="${x(t)}" x2="${x(t)}" y1="0" y2="${height - 24}" stroke="var(--line)"/><text class="soft" x="${x(t)}" y="${height - 6}" text-anchor="middle">${fixed(t, 0)}</text>`).join("") +
     rows.map(([n, v], i) => `<g transform="translate(0 ${i * 30 + 16})"><text class="name" y="5"></text><line x1="${x(v.low)}" x2="${x(v.high)}" stroke="var(--mark)" stroke-width="3" stroke-linecap="round"/><circle cx="${x(v.mean)}" r="5" fill="var(--mark)"/><text x="${x(v.high) + 8}" y="5">${fixed(v.mean, 0)}</text></g>`).join("") + "</svg>"
   $("plot").querySelectorAll(".name").forEach((node, i) => node.textContent = rows[i][0])

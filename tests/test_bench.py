@@ -265,8 +265,23 @@ def test_a_wrong_key_and_an_unreachable_judge_are_one_line(folder, server):
     with pytest.raises(ValueError, match="answers HTTP 401; check the key in STUB_KEY.*judgements so far are kept"):
         bench.hold(judge(folder, stub.url, concurrency=1), ROWS)
     assert len(judge(folder, stub.url).answers) == 3
-    with pytest.raises(ValueError, match="questions in a row failed, the last with .*refused"):
+    with pytest.raises(ValueError, match="questions in a row failed, the last: .*refused"):
         bench.hold(judge(folder, "http://127.0.0.1:1/v1"), ROWS)
+
+
+def test_a_refused_picture_does_not_stop_the_others(folder, server):
+    """HTTP 400 is not tried again and counts as failed, even as the only open question; a judge that refuses all of them stops the run."""
+
+    def reply(kind, pictures, n):
+        return (400, "") if round(np.asarray(pictures[0]).mean()) == round(0.2 * 255) else brighter(kind, pictures, n)
+
+    stub = server(reply)
+    for calls in (6, 1):  # the second run asks what was refused, and ends well
+        j = judge(folder, stub.url)
+        assert [o for *_, o in bench.hold(j, ROWS)] == [None, 1, 1]
+        assert (bench.summary(j, [])["failed"], j.calls) == (1, calls)
+    with pytest.raises(ValueError, match="6 questions in a row failed, the last: refused with HTTP 400"):
+        bench.hold(judge(folder, server(lambda *_: (400, "")).url, model="wrong"), ROWS)
 
 
 @pytest.mark.parametrize(
