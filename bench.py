@@ -940,7 +940,7 @@ def check(cfg, prompts):
     if judge.kind == "openai" and judge.key and not os.environ.get(judge.key):
         raise ValueError(
             f"bench.judge.key: the environment has no {judge.key}; expected the key of {judge.base_url} in it "
-            '(bench.judge.key="" for a server that needs none)'
+            """('bench.judge.key=""' for a server that needs none)"""
         )
     categories = grpo.read_prompts(b.categories) if b.categories else []
     if b.categories and len(categories) != len(prompts):
