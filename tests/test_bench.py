@@ -25,6 +25,16 @@ import grpo
 import reward as R
 from conftest import CALLS, TARGETS
 
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The pictures are tiny: a second thread only waits, for minutes where the cores are busy"""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # ---------------------------------------------------------------- statistics
 
 
