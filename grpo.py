@@ -68,9 +68,27 @@ class StageConfig:
 
 
 @dataclass
+class JudgeConfig:
+    kind: Literal["detector", "vlm", "openai"] = "detector"
+    model: str = ""
+    base_url: str = "https://api.openai.com/v1"
+    key: str = "OPENAI_API_KEY"
+    concurrency: int = 8
+    retries: int = 3
+    timeout: float = 60.0
+
+
+@dataclass
 class BenchConfig:
     images: int = 8  # pictures per test prompt and contestant
     resamples: int = 1000  # bootstrap
+    contestants: dict[str, str] = field(default_factory=dict)
+    categories: str = ""
+    pairs: int = 256
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    human: str = ""
+    selftest: bool = False
+    gallery: int = 32
 
 
 @dataclass
