@@ -15,9 +15,14 @@ the predicted velocity, so that x0 = x - t v and eps = x + (1-t) v. Every step i
 a is `noise_level`. Log-probs are *means* over latent dimensions (nats per dimension), never sums.
 """
 
+import ast
 import inspect
+import json
 import math
 import os
+import re
+import sys
+import textwrap
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +77,7 @@ class GeneratorConfig:
     clip_range: float = 2e-3
     beta: float = 0.01
     ema: float = 0.8
+    gradient_checkpointing: bool = False
 
     def __post_init__(self):
         if self.sde != "ode" and not 0 < self.window < self.num_steps:
@@ -181,27 +187,31 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
 
 # ---------------------------------------------------------------- the pipeline is the policy
 
-# what each pipeline's encode_prompt returns, by the names its call takes; None: the call makes it again
-EMBEDS = {
-    "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds", None),
-    "StableDiffusion3Pipeline": (
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    ),
-    "ZImagePipeline": ("prompt_embeds", "negative_prompt_embeds"),
-    "QwenImagePipeline": ("prompt_embeds", "prompt_embeds_mask"),
-}
+
+
+def embeds_returned(pipe):
+    """What this pipeline's encode_prompt returns, by the names in its return statement, which its call takes: [name or None]
+
+    So prompts are encoded once for any diffusers pipeline, with no table of pipelines here. None: the call makes that one again.
+    """
+    code = ast.parse(textwrap.dedent(inspect.getsource(type(pipe).encode_prompt)))
+    value = [node for node in ast.walk(code) if isinstance(node, ast.Return)][-1].value
+    names = [getattr(e, "id", None) for e in (value.elts if isinstance(value, ast.Tuple) else [value])]
+    taken = inspect.signature(type(pipe).__call__).parameters
+    return [n if n in taken else None for n in names]
 
 
 class Generator:
     """A diffusers pipeline with a LoRA. `rollout` draws and records, `replay` gives a recorded step's velocity with grad, `sample` draws."""
 
-    def __init__(self, cfg, device="cpu", dtype=torch.float32, micro_batch=32):
+    def __init__(self, cfg, device="cpu", dtype=torch.float32, micro_batch=32, offload=False):
         """Raises ValueError, in one line, for a folder that is no pipeline and for a pipeline that cannot be trained."""
         self.cfg, self.device, self.micro_batch = cfg, torch.device(device), micro_batch
-        self.pipe = load_pipeline(cfg, dtype).to(device)
+        self.pipe = load_pipeline(cfg, dtype)
+        self.waiting = {n: m for n, m in self.pipe.components.items() if offload and n.startswith("text_encoder") and m}
+        for name in self.waiting:
+            setattr(self.pipe, name, None)
+        self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.scheduler = PolicyScheduler.from_config(self.pipe.scheduler.config)
         self.scheduler.sde, self.scheduler.noise_level = cfg.sde, cfg.noise_level
@@ -209,7 +219,13 @@ class Generator:
         for part in self.pipe.components.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
+        for encoder in self.waiting.values():
+            encoder.requires_grad_(False).eval()
         self.transformer = self.pipe.transformer
+        if cfg.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        if cfg.height * cfg.width > 256**2 and hasattr(self.pipe.vae, "enable_slicing"):
+            self.pipe.vae.enable_slicing()  # decodes one picture at a time: at 1024 px a batch would not fit
         self.lora = None
         self.latent_shape = self._probe()  # one sample's, as the pipeline packs it
 
@@ -349,13 +365,27 @@ class Generator:
             values = self.pipe.encode_prompt(
                 **{n: v for n, v in args.items() if n in accepted and (v is not None or n.startswith("prompt_"))}
             )
-            return {n: v for n, v in zip(EMBEDS[type(self.pipe).__name__], values) if n and v is not None and len(v)}
+            values = values if isinstance(values, tuple) else (values,)
+            return {n: v for n, v in zip(embeds_returned(self.pipe), values) if n and v is not None and len(v)}
 
-        embeds = call(prompts)
-        if self.cfg.call.get("true_cfg_scale", 1.0) > 1:  # FLUX and Qwen-Image ask for the negative prompt apart
-            negative = call([self.cfg.call.get("negative_prompt", " ")] * len(prompts))
-            embeds |= {"negative_" + n: v for n, v in negative.items()}
+        with self.encoders():
+            embeds = call(prompts)
+            if self.cfg.call.get("true_cfg_scale", 1.0) > 1:  # FLUX and Qwen-Image ask for the negative prompt apart
+                negative = call([self.cfg.call.get("negative_prompt", " ")] * len(prompts))
+                embeds |= {"negative_" + n: v for n, v in negative.items()}
         return embeds
+
+    @contextmanager
+    def encoders(self):
+        """Inside, the text encoders are on the device; outside, where `offload`, they wait on the CPU, out of the pipeline."""
+        for name, encoder in self.waiting.items():
+            setattr(self.pipe, name, encoder.to(self.device))
+        try:
+            yield
+        finally:
+            for name, encoder in self.waiting.items():
+                encoder.to("cpu")
+                setattr(self.pipe, name, None)
 
     def _call(self, trajectory, rows, latents, output_type):
         """The pipeline's own call, without its no_grad decorator."""
@@ -427,19 +457,62 @@ def load_pipeline(cfg, dtype):
             f"generator.model: {cfg.model} cannot be loaded ({str(error).splitlines()[0]}); give a folder or a repository of the Hub"
         ) from error
     name = type(pipe).__name__
+    takes = inspect.signature(type(pipe).__call__).parameters
     if type(pipe.scheduler) is not FlowMatchEulerDiscreteScheduler:
         raise ValueError(
             f"generator.model: {cfg.model} samples with {type(pipe.scheduler).__name__}; only FlowMatchEulerDiscreteScheduler can be trained"
         )
-    if name not in EMBEDS:
+    if pipe.scheduler.config.get("stochastic_sampling"):
         raise ValueError(
-            f"generator.model: {cfg.model} is a {name}; known are {', '.join(EMBEDS)}; add its encode_prompt to generator.EMBEDS"
+            f"generator.model: {cfg.model} is distilled for a stochastic sampler of its own (stochastic_sampling); its steps cannot be replayed"
         )
-    takes = inspect.signature(pipe.__call__).parameters
+    if not hasattr(pipe, "transformer") or "latents" not in takes or not hasattr(pipe, "encode_prompt") or not any(embeds_returned(pipe)):
+        raise ValueError(
+            f"generator.model: {cfg.model} is a {name}, which cannot be replayed; expected a transformer pipeline whose call takes `latents` "
+            "and what its encode_prompt returns, such as FLUX, SD3, Z-Image or Qwen-Image"
+        )
     for key in cfg.call:
         if key not in takes:
             raise ValueError(f"generator.call.{key}: {name} takes no such argument; it takes {', '.join(takes)}")
     return pipe
+
+
+# ---------------------------------------------------------------- main
+
+
+def main(words):
+    """[config.yaml, prompts and key=value in any order]: refine and draw, with the LoRAs of <out> where there are any; PNGs in <out>/drawn.
+
+    Each PNG carries prompt, rewrite, seed and model as text fields; bench and reward.py read them.
+    """
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    import grpo
+    import refiner as L
+
+    prompts = [w for w in words[1:] if not re.match(r"[\w.]+=", w)]
+    cfg = grpo.load_config([w for w in words if w not in prompts])
+    if not prompts:
+        raise ValueError('no prompt; expected python generator.py config.yaml "a prompt" ... [key=value ...]')
+    device, dtype = grpo.device_of(cfg), getattr(torch, cfg.dtype)
+    texts, out = prompts, Path(cfg.out)
+    if cfg.refiner:
+        texts = L.trained(cfg, device, dtype).rollout(prompts, 1, cfg.seed).texts
+    gen = Generator(cfg.generator, device, dtype, cfg.micro_batch, cfg.offload)
+    if (out / "generator").is_dir():
+        gen.load_lora(out / "generator")
+    images = gen.sample(texts, [(cfg.seed, i) for i in range(len(texts))])  # (B, 3, H, W)
+    (out / "drawn").mkdir(parents=True, exist_ok=True)
+    first = len(list((out / "drawn").glob("*.png")))
+    for i, (image, prompt, text) in enumerate(zip(images, prompts, texts)):
+        info = PngInfo()
+        fields = dict(prompt=prompt, rewrite=text, seed=str(cfg.seed), model=cfg.generator.model)
+        for name, value in fields.items():
+            info.add_itxt(name, value)
+        path = out / "drawn" / f"{first + i:05d}.png"
+        Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().cpu().numpy()).save(path, pnginfo=info)
+        print(json.dumps({"image": str(path), **fields}, ensure_ascii=False))
 
 
 # ---------------------------------------------------------------- the kernel: one pass over the latents
@@ -626,3 +699,9 @@ if triton:
         w = v_ - tl.load(old_v + at, mask=inside, other=0.0).to(tl.float32)
         r = v_ - tl.load(ref_v + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(out + at, f0 * d + f1 * (d + c_v * w) + f2 * r, mask=inside)
+
+
+if __name__ == "__main__":
+    from grpo import cli
+
+    cli(lambda: main(sys.argv[1:]))

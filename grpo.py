@@ -106,6 +106,7 @@ class Config:
     test_photos: str = "nano/photos/test.jsonl"
     autoencode_photos: bool = True
     stages: list[StageConfig] = field(default_factory=lambda: [StageConfig()])
+    offload: bool = False
     micro_batch: int = 36
     updates: int = 1
     weight_decay: float = 1e-4
@@ -226,6 +227,10 @@ def load_config(argv):
         raise ValueError(f"{path}: {error}") from error
 
 
+def device_of(cfg):
+    return ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+
+
 def read_prompts(path):
     """One prompt a line -> list of texts; empty lines are skipped, an empty list is an error"""
     if not Path(path).is_file():
@@ -265,13 +270,13 @@ class Run:
 
     def __init__(self, cfg, train=True):
         self.cfg = cfg
-        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+        self.device = device_of(cfg)
         dtype = getattr(torch, cfg.dtype)
         self.prompts, self.validation_prompts = read_prompts(cfg.prompts), read_prompts(cfg.validation_prompts)
         for kind in ("train", "validation", "heldout"):  # before the first model loads, which may take minutes
             R.check(getattr(cfg.rewards, kind))
         photos, _ = R.read_photos(cfg.validation_photos, (cfg.generator.height, cfg.generator.width))
-        self.generator = G.Generator(cfg.generator, self.device, dtype, cfg.micro_batch)
+        self.generator = G.Generator(cfg.generator, self.device, dtype, cfg.micro_batch, cfg.offload)
         self.refiner = L.Refiner(cfg.refiner, self.device, dtype, cfg.micro_batch) if cfg.refiner else None
         self.rewards = R.load_rewards(cfg.rewards.train, self.device)
         self.validation = R.load_rewards(cfg.rewards.validation, self.device)

@@ -14,6 +14,7 @@ Token losses. L tokens, mask m, ratio r = exp(log_prob - old_log_prob), advantag
 
 import os
 import re
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -253,6 +254,32 @@ class Refiner:
         return states.last_hidden_state, model.get_output_embeddings().weight
 
 
+# ---------------------------------------------------------------- main
+
+
+def trained(cfg, device, dtype):
+    """The refiner of a whole config, with the LoRA of <out> where there is one"""
+    refiner = Refiner(cfg.refiner, device, dtype, cfg.micro_batch)
+    if (Path(cfg.out) / "refiner").is_dir():
+        refiner.load_lora(Path(cfg.out) / "refiner")
+    return refiner
+
+
+def main(words):
+    """[config.yaml, prompts and key=value in any order]: print four rewrites of each prompt, and mark those with no answer"""
+    import grpo
+
+    prompts = [w for w in words[1:] if not re.match(r"[\w.]+=", w)]
+    cfg = grpo.load_config([w for w in words if w not in prompts])
+    if not prompts:
+        raise ValueError('no prompt; expected python refiner.py config.yaml "a prompt" ... [key=value ...]')
+    if not cfg.refiner:
+        raise ValueError("refiner: null; expected a config with a refiner")
+    rewrites = trained(cfg, grpo.device_of(cfg), getattr(torch, cfg.dtype)).rollout(prompts, 4, cfg.seed)
+    for i, (text, bad) in enumerate(zip(rewrites.texts, rewrites.bad_format.tolist())):
+        print((f"{prompts[i // 4]}\n" if i % 4 == 0 else "") + f"  {text}" + ("  (no answer: the prompt itself)" if bad else ""))
+
+
 # ---------------------------------------------------------------- the kernel: log-probs without logits
 
 
@@ -385,3 +412,9 @@ if triton:
         tl.store(top, new)
         tl.store(shrink + row, factor)
         tl.store(e + row * v + cols, p, mask=cols < v)
+
+
+if __name__ == "__main__":
+    from grpo import cli
+
+    cli(lambda: main(sys.argv[1:]))

@@ -723,7 +723,7 @@ def main(argv):
     The prompt, for rewards that read one, is a PNG's own text field `prompt`; a picture without it has no value there.
     Held-out detectors stay bench.py's. One reward is in memory at a time.
     """
-    from grpo import load_config
+    from grpo import device_of, load_config
 
     pictures = [word for word in argv[1:] if "=" not in word or Path(word).is_file()]
     cfg = load_config(argv[:1] + [word for word in argv[1:] if word not in pictures])
@@ -733,7 +733,7 @@ def main(argv):
     check(configs)
     images = torch.stack([read_image(p, (cfg.generator.height, cfg.generator.width)) for p in pictures])
     prompts = [Image.open(p).info.get("prompt") for p in pictures]
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    device = device_of(cfg)
     scores = {}
     for name, config in configs.items():
         reward = load_rewards({name: config}, device)
