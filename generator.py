@@ -25,9 +25,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 try:
     import triton
@@ -198,10 +201,16 @@ EMBEDS = {
 class Generator:
     """A diffusers pipeline with a LoRA. `rollout` draws and records, `replay` gives a recorded step's velocity with grad, `sample` draws."""
 
-    def __init__(self, cfg, device="cpu", dtype=torch.float32, micro_batch=32):
-        """Raises ValueError, in one line, for a folder that is no pipeline and for a pipeline that cannot be trained."""
+    def __init__(self, cfg, device="cpu", dtype=torch.float32, micro_batch=32, fsdp=False):
+        """fsdp: the ranks of torch.distributed share the transformer's weights; all must then call it equally often.
+
+        Raises ValueError, in one line, for a folder that is no pipeline and for a pipeline that cannot be trained.
+        """
         self.cfg, self.device, self.micro_batch = cfg, torch.device(device), micro_batch
-        self.pipe = load_pipeline(cfg, dtype).to(device)
+        self.pipe = load_pipeline(cfg, dtype)
+        if fsdp:
+            shard(self.pipe.transformer, self.device.type)
+        self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.scheduler = PolicyScheduler.from_config(self.pipe.scheduler.config)
         self.scheduler.sde, self.scheduler.noise_level = cfg.sde, cfg.noise_level
@@ -440,6 +449,19 @@ def load_pipeline(cfg, dtype):
         if key not in takes:
             raise ValueError(f"generator.call.{key}: {name} takes no such argument; it takes {', '.join(takes)}")
     return pipe
+
+
+def shard(transformer, device_type):
+    """FSDP2: each rank keeps its part of the frozen weights, and a block's are gathered while it runs. In place.
+
+    A LoRA that is added afterwards is none of FSDP's: it stays whole on every rank.
+    """
+    mesh = init_device_mesh(device_type, (dist.get_world_size(),))
+    for blocks in transformer.children():
+        if isinstance(blocks, torch.nn.ModuleList):
+            for block in blocks:  # moved to the device one at a time: it never holds the whole
+                fully_shard(block, mesh=mesh)
+    fully_shard(transformer, mesh=mesh)
 
 
 # ---------------------------------------------------------------- the kernel: one pass over the latents
