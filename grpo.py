@@ -85,13 +85,13 @@ class Config:
     seed: int = 0
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    fsdp: bool = False
     prompts: str = "nano/prompts.txt"
     validation_prompts: str = "nano/validation_prompts.txt"
     test_prompts: str = "nano/test_prompts.txt"
     validation_photos: str = "nano/photos/validation.jsonl"
     test_photos: str = "nano/photos/test.jsonl"
     autoencode_photos: bool = True
-    fsdp: bool = False
     stages: list[StageConfig] = field(default_factory=lambda: [StageConfig()])
     micro_batch: int = 36
     updates: int = 1
