@@ -335,7 +335,7 @@ def detect(run, cfg, contestants, heldout):
     """{contestant: {metric: (units, pictures)}}, {contestant: features (units, pictures, D)}"""
 
     def measure(images, texts):
-        raw = R.score(run.rewards | heldout, images, texts, cfg.micro_batch)
+        raw = run.score(run.rewards | heldout, images, texts)
         raw["reward"] = run.combine(raw)
         if heldout:
             raw["heldout"] = torch.stack([raw[h] for h in heldout]).mean(0)
@@ -970,7 +970,7 @@ def main(cfg):
         seconds[name] = time.perf_counter() - start - sum(seconds.values())
 
     run = grpo.Run(cfg, train=False)
-    heldout = R.load_rewards(cfg.rewards.heldout, run.device)
+    heldout = R.load_rewards(cfg.rewards.heldout, "cpu" if cfg.offload else run.device)
     lap("load")
     contestants, missing = gather(run, cfg, prompts, folder)
     lap("draw")

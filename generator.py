@@ -30,9 +30,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 try:
     import triton
@@ -204,13 +207,18 @@ def embeds_returned(pipe):
 class Generator:
     """A diffusers pipeline with a LoRA. `rollout` draws and records, `replay` gives a recorded step's velocity with grad, `sample` draws."""
 
-    def __init__(self, cfg, device="cpu", dtype=torch.float32, micro_batch=32, offload=False):
-        """Raises ValueError, in one line, for a folder that is no pipeline and for a pipeline that cannot be trained."""
+    def __init__(self, cfg, device="cpu", dtype=torch.float32, micro_batch=32, offload=False, fsdp=False):
+        """offload: text encoders wait on the CPU. fsdp: the ranks of torch.distributed share the transformer's weights.
+
+        Raises ValueError, in one line, for a folder that is no pipeline and for a pipeline that cannot be trained.
+        """
         self.cfg, self.device, self.micro_batch = cfg, torch.device(device), micro_batch
         self.pipe = load_pipeline(cfg, dtype)
         self.waiting = {n: m for n, m in self.pipe.components.items() if offload and n.startswith("text_encoder") and m}
         for name in self.waiting:
             setattr(self.pipe, name, None)
+        if fsdp:
+            shard(self.pipe.transformer, self.device.type)
         self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.scheduler = PolicyScheduler.from_config(self.pipe.scheduler.config)
@@ -477,6 +485,19 @@ def load_pipeline(cfg, dtype):
     return pipe
 
 
+def shard(transformer, device_type):
+    """FSDP2: each rank keeps its part of the frozen weights, and a block's are gathered while it runs. In place.
+
+    A LoRA that is added afterwards is none of FSDP's: it stays whole on every rank.
+    """
+    mesh = init_device_mesh(device_type, (dist.get_world_size(),))
+    for blocks in transformer.children():
+        if isinstance(blocks, torch.nn.ModuleList):
+            for block in blocks:  # moved to the device one at a time: it never holds the whole
+                fully_shard(block, mesh=mesh)
+    fully_shard(transformer, mesh=mesh)
+
+
 # ---------------------------------------------------------------- main
 
 
@@ -495,7 +516,7 @@ def main(words):
     cfg = grpo.load_config([w for w in words if w not in prompts])
     if not prompts:
         raise ValueError('no prompt; expected python generator.py config.yaml "a prompt" ... [key=value ...]')
-    device, dtype = grpo.device_of(cfg), getattr(torch, cfg.dtype)
+    device, dtype = grpo.pick_device(cfg.device), getattr(torch, cfg.dtype)
     texts, out = prompts, Path(cfg.out)
     if cfg.refiner:
         texts = L.trained(cfg, device, dtype).rollout(prompts, 1, cfg.seed).texts

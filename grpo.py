@@ -3,6 +3,7 @@
     python grpo.py config.yaml                          train, by default on a CPU in minutes
     python grpo.py config.yaml seed=1 out=out/seed1     any key of config.yaml, dotted
     python grpo.py config.yaml profile=quick            a named set of keys from `profiles`
+    torchrun --nproc_per_node=8 grpo.py config.yaml     the same run on 8 GPUs: each takes whole prompt groups
 
 One step is a walk. P prompts, N rewrites of each, M images of each rewrite; batches are prompt-major, (P, N, M):
 
@@ -19,6 +20,7 @@ Read in this order: Config, advantages, Run.step, Run.update_generator, Run.upda
 
 import difflib
 import json
+import os
 import platform
 import resource
 import sys
@@ -27,12 +29,14 @@ import types
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import diffusers
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 import yaml
 from einops import rearrange
@@ -99,6 +103,7 @@ class Config:
     seed: int = 0
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    fsdp: bool = False
     prompts: str = "nano/prompts.txt"
     validation_prompts: str = "nano/validation_prompts.txt"
     test_prompts: str = "nano/test_prompts.txt"
@@ -227,10 +232,6 @@ def load_config(argv):
         raise ValueError(f"{path}: {error}") from error
 
 
-def device_of(cfg):
-    return ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-
-
 def read_prompts(path):
     """One prompt a line -> list of texts; empty lines are skipped, an empty list is an error"""
     if not Path(path).is_file():
@@ -262,6 +263,90 @@ def clipped_loss(log_ratio, advantage, clip_range):
     return torch.maximum(loss, bound), bound > loss
 
 
+# ---------------------------------------------------------------- many GPUs
+
+
+def world():
+    """(rank, number of processes) as torchrun sets them; (0, 1) without it, where torch.distributed is never touched"""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main():
+    """Rank 0 writes and prints"""
+    return world()[0] == 0
+
+
+def pick_device(name):
+    """config's `device` -> a torch device's name; under torchrun each process of a machine has a GPU of its own"""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if name != "cuda" or world()[1] == 1:
+        return name
+    local = int(os.environ["LOCAL_RANK"])
+    if local >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ValueError(f"torchrun: process {local + 1} of a machine with {found} GPUs; use --nproc_per_node={found}")
+    torch.cuda.set_device(local)
+    return f"cuda:{local}"
+
+
+def join(device):
+    """Meet the other ranks. One that hangs ends the run after half an hour: loading a large model may take a while."""
+    if world()[1] > 1:
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+
+
+def share_of(count):
+    """The numbers of 0..count-1 that are this rank's: neighbours, near-equal parts; none where ranks outnumber them"""
+    rank, size = world()
+    return np.array_split(np.arange(count), size)[rank].tolist()
+
+
+def check_equal_work(cfg, validation_prompts):
+    """Ranks that share one model's weights run it together; ValueError where one would run it more often than another."""
+    size = world()[1]
+    counts = {f"stages[{i}].prompts": stage.prompts for i, stage in enumerate(cfg.stages)}
+    for name, count in (counts | {"validation_prompts": validation_prompts}).items():
+        if count % size:
+            raise ValueError(f"fsdp: {name}: {count} on {size} ranks; expected a multiple, so that all ranks do the same")
+    if cfg.updates > 1:
+        raise ValueError(f"fsdp: updates: {cfg.updates}; expected 1, so that all ranks take part in each update")
+
+
+def all_sum(tensor):
+    """The sum over the ranks, in place"""
+    if world()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(values, mine, groups):
+    """The rows of this rank's prompts -> those of all prompts, on every rank: (p*k, ...) -> (groups*k, ...)"""
+    if world()[1] == 1:
+        return values
+    k = len(values) // max(len(mine), 1)
+    whole = values.new_zeros(groups * k, *values.shape[1:])
+    if mine:
+        whole[mine[0] * k : (mine[-1] + 1) * k] = values
+    return all_sum(whole)
+
+
+def sum_gradients(parameters):
+    """p.grad summed over the ranks, in one buffer; None where no rank has any: the optimizer then skips it on all"""
+    if world()[1] == 1:
+        return
+    found = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    grads = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+    found, *grads = all_sum(torch.cat([found, *grads])).split([len(found), *map(len, grads)])
+    for p, n, grad in zip(parameters, found.tolist(), grads):
+        p.grad = grad.view_as(p) if n else None
+
+
+def sum_metrics(values):
+    """{name: this rank's part} -> {name: sum over the ranks}"""
+    return dict(zip(values, all_sum(torch.tensor(list(values.values()), dtype=torch.float64)).tolist()))
+
+
 # ---------------------------------------------------------------- the run
 
 
@@ -270,16 +355,20 @@ class Run:
 
     def __init__(self, cfg, train=True):
         self.cfg = cfg
-        self.device = device_of(cfg)
+        self.device = pick_device(cfg.device)
         dtype = getattr(torch, cfg.dtype)
         self.prompts, self.validation_prompts = read_prompts(cfg.prompts), read_prompts(cfg.validation_prompts)
         for kind in ("train", "validation", "heldout"):  # before the first model loads, which may take minutes
             R.check(getattr(cfg.rewards, kind))
         photos, _ = R.read_photos(cfg.validation_photos, (cfg.generator.height, cfg.generator.width))
-        self.generator = G.Generator(cfg.generator, self.device, dtype, cfg.micro_batch, cfg.offload)
+        fsdp = cfg.fsdp and world()[1] > 1
+        if fsdp:
+            check_equal_work(cfg, len(self.validation_prompts))
+        self.generator = G.Generator(cfg.generator, self.device, dtype, cfg.micro_batch, cfg.offload, fsdp)
         self.refiner = L.Refiner(cfg.refiner, self.device, dtype, cfg.micro_batch) if cfg.refiner else None
-        self.rewards = R.load_rewards(cfg.rewards.train, self.device)
-        self.validation = R.load_rewards(cfg.rewards.validation, self.device)
+        home = "cpu" if cfg.offload else self.device
+        self.rewards = R.load_rewards(cfg.rewards.train, home)
+        self.validation = R.load_rewards(cfg.rewards.validation, home)
         self.weights = {n: r.weight for n, r in cfg.rewards.train.items()}
         self.kid_model = R.ClipReward(R.RewardConfig(model=cfg.rewards.kid), self.device)
         self.photo_features = self.features(self.real(photos))  # (n, D)
@@ -305,6 +394,10 @@ class Run:
             [self.kid_model.features(x.to(self.device), layer) for x in images.split(self.cfg.micro_batch)]
         ).cpu()  # (n, D)
 
+    def score(self, rewards, images, prompts):
+        """{name: (B,)}; with `offload` each reward visits the GPU in turn"""
+        return R.score(rewards, images, prompts, self.cfg.micro_batch, self.device if self.cfg.offload else None)
+
     @contextmanager
     def phase(self, name):
         start = time.perf_counter()
@@ -314,22 +407,29 @@ class Run:
     # ------------------------------------------------ the walk
 
     def step(self, stage, iteration):
-        """One training step: rollout, score, advantages, update -> a row of metrics."""
+        """One training step: rollout, score, advantages, update -> a row of metrics.
+
+        A rank draws and replays the pictures of its own prompts. Scores are gathered, so that advantages, normalisers and
+        metrics are those of the whole batch on every rank; gradients are summed.
+        """
         cfg, P, N, M = self.cfg, stage.prompts, stage.rewrites, stage.images
         self.seconds = {}
         rng = np.random.default_rng([cfg.seed, iteration])  # decides what all samples of a step share
-        prompts = self.next_prompts(iteration, P)
+        mine = share_of(P)  # numbers of this rank's prompts
+        here = mine or [0]  # a rank without any walks along with one that does not count
+        prompts = [self.next_prompts(iteration, P)[p] for p in here]
         owners = [p for p in prompts for _ in range(N * M)]  # the user's words behind each picture
         window = () if stage.train == "refiner" else G.draw_window(cfg.generator.num_steps, cfg.generator.window, rng)
         # rewrites are compared on the same noise (common random numbers); where pictures are trained, each has its own
         own = 0 if stage.train == "refiner" else M
-        keys = [(cfg.seed, iteration, p, n * own + m) for p in range(P) for n in range(N) for m in range(M)]
+        keys = [(cfg.seed, iteration, p, n * own + m) for p in here for n in range(N) for m in range(M)]
         with self.phase("rewrite"):
-            texts, rewrites = self.rewrite(prompts, stage, seed=int(rng.integers(2**63)))  # (P*N)
+            texts, rewrites = self.rewrite(prompts, stage, seed=[(cfg.seed, iteration, p) for p in here])  # (P*N)
         with self.phase("draw"):  # (P*N*M, 3, H, W)
             images, trajectory = self.generator.rollout([t for t in texts for _ in range(M)], keys, window)
         with self.phase("reward"):  # against what the user typed: a rewrite that drifts loses
-            scores = R.score(self.rewards, images, owners, cfg.micro_batch)  # {name: (P*N*M,)}
+            scores = self.score(self.rewards, images, owners)
+        scores = {n: gather(r, mine, P) for n, r in scores.items()}  # {name: (P*N*M,)}
         reward = self.combine(scores)  # (P*N*M,), for people; training standardises each reward first
         row = {
             "reward": reward.mean().item(),
@@ -340,12 +440,13 @@ class Run:
         if stage.train != "refiner":
             with self.phase("update generator"):
                 advantage = advantages(scores, self.weights, P).to(self.device)  # (P*N*M,)
-                row["generator"] = self.update_generator(trajectory, advantage, P) | {"window": window[0]}
+                row["generator"] = self.update_generator(trajectory, advantage, P, mine) | {"window": window[0]}
         if stage.train != "generator":
             with self.phase("update refiner"):
-                row["refiner"] = self.update_refiner(rewrites, scores, stage)
-            row["refiner"]["cue_share"] = L.cue_share(rewrites.texts, cfg.refiner.cues)
-            row["refiner"]["bad_format"] = rewrites.bad_format.mean().item()
+                row["refiner"] = self.update_refiner(rewrites, scores, stage, mine)
+            means = {"cue_share": L.cue_share(rewrites.texts, cfg.refiner.cues)}
+            means["bad_format"] = rewrites.bad_format.mean().item()
+            row["refiner"] |= sum_metrics({n: value * len(mine) / P for n, value in means.items()})
         return row | {"seconds": dict(self.seconds)}
 
     def next_prompts(self, iteration, P):
@@ -370,12 +471,16 @@ class Run:
             texts += [prompt] * stage.keep_original + rewrites.texts[p * sampled : (p + 1) * sampled]
         return texts, rewrites
 
-    def update_generator(self, trajectory, advantage, groups):
-        """Replay the window with grad; `updates` optimizer steps, each on an equal share of the prompt groups. advantage (B,)"""
+    def update_generator(self, trajectory, advantage, groups, mine):
+        """Replay the window with grad; `updates` optimizer steps, each on an equal share of the prompt groups.
+
+        advantage (P*N*M,) of all ranks; the trajectory holds the pictures of this rank's prompts, whose numbers are `mine`.
+        """
         cfg, gen, window = self.cfg.generator, self.generator, len(trajectory.index)
-        total = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "grad_norm": 0.0}
-        shares = self.shares(groups, len(advantage) // groups)
-        for share in shares:
+        total, norm, size = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0}, 0.0, len(advantage) // groups
+        advantage = advantage.view(groups, size)[mine].flatten()  # (B,), this rank's
+        shares = self.shares(groups, size, mine)
+        for prompts, share in shares:
             for b in share:
                 for k in range(window):
                     v, ref_v = gen.replay(trajectory, k, b), None  # (b, ...)
@@ -386,35 +491,34 @@ class Run:
                     log_prob, guard, kl = G.sde_log_ratio(x, v, x_next, old_v, ref_v, *trajectory.coefficients[k])
                     log_ratio = guard if cfg.ratio == "guard" else log_prob - trajectory.log_prob[k][b]  # (b,)
                     loss, clipped = clipped_loss(log_ratio, advantage[b], cfg.clip_range)
-                    loss = (loss + cfg.beta * kl).sum() / (sum(map(len, share)) * window)
+                    loss = (loss + cfg.beta * kl).sum() / (len(prompts) * size * window)
                     loss.backward()
                     total["loss"] += loss.item()
-                    total["kl"] += kl.sum().item() / (len(advantage) * window)
-                    total["clip_fraction"] += clipped.sum().item() / (len(advantage) * window)
-            total["grad_norm"] += self.optimize("generator", gen.parameters()) / len(shares)
+                    total["kl"] += kl.sum().item() / (groups * size * window)
+                    total["clip_fraction"] += clipped.sum().item() / (groups * size * window)
+            norm += self.optimize("generator", gen.parameters()) / len(shares)
             gen.update_ema()
-        return total
+        return sum_metrics(total) | {"grad_norm": norm}
 
-    def update_refiner(self, rewrites, scores, stage):
+    def update_refiner(self, rewrites, scores, stage, mine):
         """A rewrite's reward is the mean over its M images; a bad format counts as one more reward, weighted by format_penalty."""
         cfg, llm, P, N = self.cfg.refiner, self.refiner, stage.prompts, stage.rewrites
         scores = {n: r.view(P, N, -1).mean(2).flatten() for n, r in scores.items()}  # (P*N,)
-        bad = rewrites.bad_format.view(P, -1)
+        bad = gather(rewrites.bad_format, mine, P).view(P, -1)
+        lengths = gather(rewrites.mask.sum(1), mine, P).view(P, -1).sum(1).cpu()  # (P,) tokens
         scores["format"] = -torch.cat([torch.zeros(P, N - bad.shape[1]), bad], 1).flatten()
         own = int(stage.keep_original)  # the user's own words stand first in each group, without LLM gradient
         weights = self.weights | {"format": cfg.format_penalty}
-        advantage = advantages(scores, weights, P).view(P, N)[:, own:].flatten()  # (P*(N-own),)
-        alive = (~zero_std(scores, P)).repeat_interleave(N - own).tolist()  # zero-variance groups are dropped
-        total = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "entropy": 0.0, "grad_norm": 0.0}
-        shares = [[[r for r in b if alive[r]] for b in share] for share in self.shares(P, N - own)]
+        advantage = advantages(scores, weights, P).view(P, N)[mine, own:].flatten()  # (B,), this rank's
+        alive = ~zero_std(scores, P)  # (P,), zero-variance groups are dropped
+        total, norm = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "entropy": 0.0}, 0.0
+        shares = self.shares(P, N - own, mine, alive.tolist())
         with torch.no_grad():  # the first share needs none: the policy is still the one that sampled
-            old = [[llm.log_probs(rewrites, b)[0] for b in share] for share in shares[1:]]
-        for n, share in enumerate(shares):
-            count = max(sum(map(len, share)), 1)
-            tokens = max(sum(rewrites.mask[b].sum().item() for b in share), 1.0)
+            old = [[llm.log_probs(rewrites, b)[0] for b in share] for _, share in shares[1:]]
+        for n, (prompts, share) in enumerate(shares):
+            count = max(len(prompts) * (N - own), 1)
+            tokens = max(lengths[prompts].sum().item(), 1.0)
             for i, b in enumerate(share):
-                if not b:
-                    continue
                 (log_probs, entropy), mask = llm.log_probs(rewrites, b), rewrites.mask[b]  # (b, L)
                 old_log_probs = old[n - 1][i] if n else log_probs.detach()
                 loss, clipped = L.token_loss(
@@ -430,17 +534,25 @@ class Run:
                 total["loss"] += loss.item()
                 total["clip_fraction"] += clipped.item()
                 total["entropy"] += entropy.sum().item() / tokens
-            total["grad_norm"] += self.optimize("refiner", llm.parameters()) / len(shares)
-        return total
+            norm += self.optimize("refiner", llm.parameters()) / len(shares)
+        return sum_metrics(total) | {"grad_norm": norm}
 
-    def shares(self, groups, size):
-        """`updates` equal shares of the prompt groups, each in micro-batches of row numbers: [[[row, ...], ...], ...]"""
-        parts = np.array_split(np.arange(groups * size).reshape(groups, size), min(self.cfg.updates, groups))
-        m = self.cfg.micro_batch
-        return [[rows[i : i + m].tolist() for i in range(0, len(rows), m)] for rows in (p.flatten() for p in parts)]
+    def shares(self, groups, size, mine, alive=None):
+        """`updates` equal shares of the prompt groups -> [(its prompts, this rank's rows of them in micro-batches), ...]
+
+        size: rows of a group. mine: numbers of this rank's prompts, whose rows are numbered from 0. alive: P bools, the
+        groups that count; all by default.
+        """
+        shares, m = [], self.cfg.micro_batch
+        for part in np.array_split(np.arange(groups), min(self.cfg.updates, groups)):
+            prompts = [p for p in part.tolist() if alive is None or alive[p]]
+            rows = [i * size + j for i, p in enumerate(mine) if p in prompts for j in range(size)]
+            shares.append((prompts, [rows[i : i + m] for i in range(0, len(rows), m)]))
+        return shares
 
     def optimize(self, name, parameters):
         with self.phase("optimizer"):
+            sum_gradients(parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, self.cfg.max_grad_norm)
             self.optimizers[name].step()
             self.optimizers[name].zero_grad(set_to_none=True)
@@ -448,12 +560,16 @@ class Run:
 
     # ------------------------------------------------ evaluation
 
-    def draw(self, prompts, images, seed, rewritten):
-        """ODE pictures with the EMA weights, fixed noise per (seed, prompt, image): images (P*M, 3, H, W), the texts that were drawn (P*M)"""
-        texts = [p for p in prompts for _ in range(images)]
+    def draw(self, prompts, images, seed, rewritten, mine=None):
+        """ODE pictures with the EMA weights, fixed noise per (seed, prompt, image): images (P*M, 3, H, W), the texts that were drawn (P*M)
+
+        mine: numbers of the prompts to draw, without which all are.
+        """
+        mine = range(len(prompts)) if mine is None else mine
+        texts = [prompts[p] for p in mine for _ in range(images)]
         if rewritten:  # another rewrite for each picture
-            texts = self.refiner.rollout(prompts, images, seed).texts
-        keys = [(seed, EVALUATION, p, m) for p in range(len(prompts)) for m in range(images)]
+            texts = self.refiner.rollout(texts[::images], images, [(seed, EVALUATION, p) for p in mine]).texts
+        keys = [(seed, EVALUATION, p, m) for p in mine for m in range(images)]
         with self.generator.ema_weights():
             return self.generator.sample(texts, keys), texts
 
@@ -461,21 +577,23 @@ class Run:
         """Validation detectors and KID on validation prompts; `score` = mean detector - KID chooses the weights that are kept."""
         self.seconds = {}
         with self.phase("evaluate"):
-            images, texts = self.draw(
-                self.validation_prompts, self.cfg.eval_images, self.cfg.seed, stage.train != "generator"
-            )
-            owners = [p for p in self.validation_prompts for _ in range(self.cfg.eval_images)]
-            result = {
-                n: r.mean().item() for n, r in R.score(self.validation, images, owners, self.cfg.micro_batch).items()
-            }
-            result["kid"] = R.kid(self.features(images), self.photo_features)
-            result["score"] = (sum(v for n, v in result.items() if n != "kid") / max(len(self.validation), 1)) - result[
-                "kid"
-            ]
-            result |= {
-                f"train_{n}": r.mean().item()
-                for n, r in R.score(self.rewards, images, owners, self.cfg.micro_batch).items()
-            }
+            prompts, M = self.validation_prompts, self.cfg.eval_images
+            mine = share_of(len(prompts))
+            here = mine or [0]  # as in `step`
+            images, _ = self.draw(prompts, M, self.cfg.seed, stage.train != "generator", here)
+            owners = [prompts[p] for p in here for _ in range(M)]
+
+            def means(rewards):  # {name: mean over the pictures of all ranks}
+                scores = self.score(rewards, images, owners)
+                return {n: gather(r, mine, len(prompts)).mean().item() for n, r in scores.items()}
+
+            result = means(self.validation)
+            detectors = sum(result.values()) / max(len(result), 1)
+            kid = R.kid(gather(self.features(images), mine, len(prompts)), self.photo_features)
+            result |= sum_metrics({"kid": kid * is_main()})  # rank 0's, so that all ranks choose the same weights
+            result["score"] = detectors - result["kid"]
+            result |= {f"train_{n}": r for n, r in means(self.rewards).items()}
+            images = gather(images, mine, len(prompts))
         return result, images
 
     def weights_of(self, stage):
@@ -560,18 +678,24 @@ def save_curves(rows, path):
 def train(cfg):
     """All stages, one after another; each starts from the weights that the one before it kept."""
     out, start = Path(cfg.out), time.perf_counter()
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+    if is_main() and out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise ValueError(
             f"out: {cfg.out} is in use and is never overwritten; choose another with out=NAME, or remove it"
         )
+    join(pick_device(cfg.device))
+    if not is_main():
+        sys.stdout = open(os.devnull, "w")  # rank 0 prints
     run = Run(cfg)
     describe(cfg, run)
     log = Log(cfg, load_seconds=time.perf_counter() - start)
     iteration = 0
     for number, stage in enumerate(cfg.stages):
         iteration = train_stage(run, log, number, stage, iteration)
-        run.save(out)
+        if is_main():
+            run.save(out)
     log.close(time.perf_counter() - start)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def train_stage(run, log, number, stage, iteration):
@@ -582,7 +706,8 @@ def train_stage(run, log, number, stage, iteration):
         if step % run.cfg.eval_every == 0 or step == stage.steps:
             row["validation"], images = run.evaluate(stage)
             row["seconds"] = dict(run.seconds)
-            save_grid(images[:96], log.out / "samples" / f"{iteration:05d}_{stage.train}.png", 16)
+            if is_main():
+                save_grid(images[:96], log.out / "samples" / f"{iteration:05d}_{stage.train}.png", 16)
             look, score = row["validation"], row["validation"]["score"]
             first = first or (look, images)
             limits = run.cfg.keep_within.items()
@@ -600,10 +725,11 @@ def train_stage(run, log, number, stage, iteration):
         for tensor, value in zip(run.weights_of(stage), weights):
             tensor.copy_(value)
     log.bar.write(f"stage {number} ({stage.train}) keeps the weights of step {kept}: validation score {score:.3f}")
-    every = run.cfg.eval_images
-    name = f"before_after_{number}_{stage.train}.png"
-    save_before_after(first[1][::every], images[::every], log.out / "samples" / name)
-    save_curves(log.rows, log.out / "curves.png")
+    if is_main():
+        every = run.cfg.eval_images
+        name = f"before_after_{number}_{stage.train}.png"
+        save_before_after(first[1][::every], images[::every], log.out / "samples" / name)
+        save_curves(log.rows, log.out / "curves.png")
     return iteration
 
 
@@ -612,10 +738,11 @@ class Log:
 
     def __init__(self, cfg, load_seconds):
         self.out, self.rows, self.seconds = Path(cfg.out), [], {"load": load_seconds}
-        (self.out / "samples").mkdir(parents=True, exist_ok=True)
-        (self.out / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False, allow_unicode=True))
-        self.metrics = open(self.out / "metrics.jsonl", "w")
-        self.bar = tqdm(total=sum(s.steps for s in cfg.stages), desc="train", smoothing=0.1)
+        if is_main():
+            (self.out / "samples").mkdir(parents=True, exist_ok=True)
+            (self.out / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False, allow_unicode=True))
+        self.metrics = open(self.out / "metrics.jsonl" if is_main() else os.devnull, "w")
+        self.bar = tqdm(total=sum(s.steps for s in cfg.stages), desc="train", smoothing=0.1, disable=not is_main())
 
     def record(self, row):
         row["seconds"] = {n: round(s, 3) for n, s in row["seconds"].items()}

@@ -20,15 +20,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 try:
     import triton
     import triton.language as tl
 except ImportError:  # not on Linux: torch does the same work
     triton = None
+
+SAMPLING = 10**9 + 1  # first word of the seeds of rewrites, so that no picture's noise shares them
 
 
 @dataclass
@@ -125,6 +128,23 @@ def k3_kl(log_probs, ref_log_probs):
     return d.exp() - d - 1
 
 
+class SampleByRow(LogitsProcessor):
+    """Exact sampling at `temperature` with random numbers of each row's own, so that a batch may be split in any way.
+
+    A token is drawn by the inverse of the cumulative distribution, with one uniform number of the row's generator; it is
+    the one finite score that is left, so that greedy search takes it. rngs: B numpy generators.
+    """
+
+    def __init__(self, rngs, temperature):
+        self.rngs, self.temperature = rngs, temperature
+
+    def __call__(self, input_ids, scores):
+        cdf = (scores.double() / self.temperature).softmax(-1).cumsum(-1)  # (B, V), f64: rare tokens keep their share
+        u = torch.tensor([[rng.random()] for rng in self.rngs], dtype=cdf.dtype, device=cdf.device)  # (B, 1) in [0, 1)
+        token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)  # (B, 1), the first whose cdf exceeds u
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
 # ---------------------------------------------------------------- the policy
 
 
@@ -193,24 +213,25 @@ class Refiner:
 
     @torch.no_grad()
     def rollout(self, prompts, num_rewrites, seed):
-        """P prompts x N rewrites, prompt-major -> Rewrites. `seed` alone decides the sampling; the global generator is left as it was."""
+        """P prompts x N rewrites, prompt-major -> Rewrites. `seed` alone decides the sampling; the global generator is left as it was.
+
+        seed: an integer, or P tuples of integers, which a prompt keeps in whatever batch it comes.
+        """
         cfg, tokenizer = self.cfg, self.tokenizer
         texts = chat(tokenizer, prompts, cfg.system_prompt)
         heads = tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt").to(
             self.device
         )
         heads = {n: heads[n].repeat_interleave(num_rewrites, 0) for n in ("input_ids", "attention_mask")}  # (P*N, K)
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            ids = self.model.generate(
-                **heads,
-                do_sample=True,
-                temperature=cfg.temperature,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=cfg.max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-            )  # (P*N, K+L)
+        seeds = [(seed, p) for p in range(len(prompts))] if isinstance(seed, int) else seed
+        rngs = [np.random.default_rng((SAMPLING, *s, n)) for s in seeds for n in range(num_rewrites)]
+        ids = self.model.generate(
+            **heads,
+            do_sample=False,  # SampleByRow has drawn
+            logits_processor=LogitsProcessorList([SampleByRow(rngs, cfg.temperature)]),
+            max_new_tokens=cfg.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # (P*N, K+L)
         width = heads["input_ids"].shape[1]
         completion = ids[:, width:]  # (P*N, L)
         eos = self.model.generation_config.eos_token_id
@@ -275,7 +296,7 @@ def main(words):
         raise ValueError('no prompt; expected python refiner.py config.yaml "a prompt" ... [key=value ...]')
     if not cfg.refiner:
         raise ValueError("refiner: null; expected a config with a refiner")
-    rewrites = trained(cfg, grpo.device_of(cfg), getattr(torch, cfg.dtype)).rollout(prompts, 4, cfg.seed)
+    rewrites = trained(cfg, grpo.pick_device(cfg.device), getattr(torch, cfg.dtype)).rollout(prompts, 4, cfg.seed)
     for i, (text, bad) in enumerate(zip(rewrites.texts, rewrites.bad_format.tolist())):
         print((f"{prompts[i // 4]}\n" if i % 4 == 0 else "") + f"  {text}" + ("  (no answer: the prompt itself)" if bad else ""))
 

@@ -658,11 +658,16 @@ def load_rewards(configs, device="cpu"):
 
 
 @torch.no_grad()
-def score(rewards, images, prompts, micro_batch=64):
-    """Every reward of every picture: {name: (B,) f32 on the CPU}. ValueError names one that fails."""
+def score(rewards, images, prompts, micro_batch=64, visit=None):
+    """Every reward of every picture: {name: (B,) f32 on the CPU}. ValueError names one that fails.
+
+    visit: a device that each reward's model is moved to while it scores, and from there back to the CPU.
+    """
     scores = {}
     for name, reward in rewards.items():
-        parts = []
+        parts, model = [], getattr(reward, "model", None)
+        if visit and model is not None:
+            model.to(visit)
         for i in range(0, len(images), micro_batch):
             chunk, texts = images[i : i + micro_batch], list(prompts[i : i + micro_batch])
             try:
@@ -676,6 +681,8 @@ def score(rewards, images, prompts, micro_batch=64):
                 text = texts[int((~torch.isfinite(value)).nonzero()[0])]
                 raise ValueError(f"rewards: {name} returned a value that is not finite for {text!r}; it must be")
             parts.append(value.float().cpu())
+        if visit and model is not None:
+            model.to("cpu")
         scores[name] = torch.cat(parts)
     return scores
 
@@ -723,7 +730,7 @@ def main(argv):
     The prompt, for rewards that read one, is a PNG's own text field `prompt`; a picture without it has no value there.
     Held-out detectors stay bench.py's. One reward is in memory at a time.
     """
-    from grpo import device_of, load_config
+    from grpo import load_config, pick_device
 
     pictures = [word for word in argv[1:] if "=" not in word or Path(word).is_file()]
     cfg = load_config(argv[:1] + [word for word in argv[1:] if word not in pictures])
@@ -733,7 +740,7 @@ def main(argv):
     check(configs)
     images = torch.stack([read_image(p, (cfg.generator.height, cfg.generator.width)) for p in pictures])
     prompts = [Image.open(p).info.get("prompt") for p in pictures]
-    device = device_of(cfg)
+    device = pick_device(cfg.device)
     scores = {}
     for name, config in configs.items():
         reward = load_rewards({name: config}, device)
