@@ -792,7 +792,7 @@ def selftest(run, cfg, judge, photographs, heldout, folder):
                 if not target.exists():
                     write_picture(function(R.read_image(f), strength).clamp(0, 1), target)
             levels.append(Contestant([[f] for f in made], texts))
-        measured = [over(c, cfg, run.device, lambda x, t: R.score(heldout, x, t, cfg.micro_batch)) for c in levels]
+        measured = [over(c, cfg, run.device, lambda x, t: run.score(heldout, x, t)) for c in levels]
         if cfg.bench.judge.kind == "detector":
             for c, values in zip(levels, measured):
                 mean = torch.stack(list(values.values())).mean(0)[:, 0].tolist()  # (units,)
