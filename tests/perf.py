@@ -296,8 +296,9 @@ def refiner_ours(folder, steps):
     optimizer = torch.optim.AdamW(llm.parameters(), lr=1e-5)
     phases = []
     for step in range(steps):
-        rollout = clock(lambda: globals().update(REWRITES=llm.rollout(TEXTS, 8, step)))
-        rewrites = REWRITES  # noqa: F821
+        drawn = []
+        rollout = clock(lambda: drawn.append(llm.rollout(TEXTS, 8, step)))
+        rewrites = drawn[0]
         tokens, advantage = rewrites.mask.sum().item(), torch.arange(64.0, device=DEVICE) / 64 - 0.5
 
         def update():
