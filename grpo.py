@@ -3,6 +3,7 @@
     python grpo.py config.yaml                          train, by default on a CPU in minutes
     python grpo.py config.yaml seed=1 out=out/seed1     any key of config.yaml, dotted
     python grpo.py config.yaml profile=quick            a named set of keys from `profiles`
+    python grpo.py config.yaml resume=true              go on after an interruption, to the same result
 
 One step is a walk. P prompts, N rewrites of each, M images of each rewrite; batches are prompt-major, (P, N, M):
 
@@ -19,13 +20,14 @@ Read in this order: Config, advantages, Run.step, Run.update_generator, Run.upda
 
 import difflib
 import json
+import os
 import platform
 import resource
 import sys
 import time
 import types
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -39,6 +41,7 @@ from einops import rearrange
 from PIL import Image
 from tqdm import tqdm
 
+import checkpoint as C
 import generator as G
 import refiner as L
 import reward as R
@@ -95,12 +98,17 @@ class Config:
     eval_every: int = 4
     eval_images: int = 4
     keep_within: dict[str, float] = field(default_factory=dict)
+    save_every: int = 4
+    resume: bool = False
     generator: G.GeneratorConfig = field(default_factory=G.GeneratorConfig)
     refiner: L.RefinerConfig | None = field(default_factory=L.RefinerConfig)
     rewards: R.RewardsConfig = field(default_factory=R.RewardsConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
 
     def __post_init__(self):
+        for name in ("micro_batch", "updates", "eval_every", "eval_images", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}; expected 1 or more")
         if not self.rewards.train:
             raise ValueError("rewards.train: empty; expected at least one reward to optimise")
         if not self.stages:
@@ -260,7 +268,7 @@ class Run:
         self.weights = {n: r.weight for n, r in cfg.rewards.train.items()}
         self.kid_model = R.ClipReward(R.RewardConfig(model=cfg.rewards.kid), self.device)
         self.photo_features = self.features(self.real(photos))  # (n, D)
-        self.seconds = {}
+        self.seconds, self.skipped, self.halved = {}, 0, False
         if train:
             self.generator.add_lora(cfg.seed)
             self.optimizers = {"generator": self.adamw(self.generator.parameters(), cfg.generator.lr)}
@@ -293,7 +301,7 @@ class Run:
     def step(self, stage, iteration):
         """One training step: rollout, score, advantages, update -> a row of metrics."""
         cfg, P, N, M = self.cfg, stage.prompts, stage.rewrites, stage.images
-        self.seconds = {}
+        self.seconds, self.skipped = {}, 0
         rng = np.random.default_rng([cfg.seed, iteration])  # decides what all samples of a step share
         prompts = self.next_prompts(iteration, P)
         owners = [p for p in prompts for _ in range(N * M)]  # the user's words behind each picture
@@ -323,7 +331,7 @@ class Run:
                 row["refiner"] = self.update_refiner(rewrites, scores, stage)
             row["refiner"]["cue_share"] = L.cue_share(rewrites.texts, cfg.refiner.cues)
             row["refiner"]["bad_format"] = rewrites.bad_format.mean().item()
-        return row | {"seconds": dict(self.seconds)}
+        return row | {"skipped": self.skipped, "seconds": dict(self.seconds)}
 
     def next_prompts(self, iteration, P):
         """The prompts of a step: one permutation an epoch, so that each prompt is drawn once before any is drawn twice"""
@@ -368,8 +376,7 @@ class Run:
                     total["loss"] += loss.item()
                     total["kl"] += kl.sum().item() / (len(advantage) * window)
                     total["clip_fraction"] += clipped.sum().item() / (len(advantage) * window)
-            total["grad_norm"] += self.optimize("generator", gen.parameters()) / len(shares)
-            gen.update_ema()
+            total["grad_norm"] += self.optimize("generator", gen.parameters(), total["loss"]) / len(shares)
         return total
 
     def update_refiner(self, rewrites, scores, stage):
@@ -407,7 +414,7 @@ class Run:
                 total["loss"] += loss.item()
                 total["clip_fraction"] += clipped.item()
                 total["entropy"] += entropy.sum().item() / tokens
-            total["grad_norm"] += self.optimize("refiner", llm.parameters()) / len(shares)
+            total["grad_norm"] += self.optimize("refiner", llm.parameters(), total["loss"]) / len(shares)
         return total
 
     def shares(self, groups, size):
@@ -416,12 +423,18 @@ class Run:
         m = self.cfg.micro_batch
         return [[rows[i : i + m].tolist() for i in range(0, len(rows), m)] for rows in (p.flatten() for p in parts)]
 
-    def optimize(self, name, parameters):
+    def optimize(self, name, parameters, loss):
+        """One AdamW step -> gradient norm. Where loss or gradient is not finite it is left out, and counted in `skipped`."""
         with self.phase("optimizer"):
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self.cfg.max_grad_norm)
-            self.optimizers[name].step()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.cfg.max_grad_norm).item()
+            if np.isfinite(loss) and np.isfinite(norm):
+                self.optimizers[name].step()
+                if name == "generator":
+                    self.generator.update_ema()
+            else:
+                self.skipped += 1
             self.optimizers[name].zero_grad(set_to_none=True)
-        return norm.item()
+        return norm
 
     # ------------------------------------------------ evaluation
 
@@ -463,6 +476,63 @@ class Run:
         if stage.train != "generator":
             tensors += self.refiner.parameters()
         return tensors
+
+    def trained(self):
+        """{name: tensor} of all that training changes but the optimizers, by reference"""
+        tensors = {f"generator.lora.{n}": p for n, p in self.generator.lora.items()}
+        tensors |= {f"generator.ema.{n}": p for n, p in self.generator.ema.items()}
+        if self.refiner:
+            named = self.refiner.model.named_parameters()
+            tensors |= {f"refiner.lora.{n}": p for n, p in named if p.requires_grad}
+        return tensors
+
+    def state(self):
+        """What `restore` takes: {name: tensor}, by reference, with the AdamW moments, and a JSON-able dict of the rest"""
+        tensors = self.trained()
+        for name, optimizer in self.optimizers.items():
+            for i, moments in optimizer.state_dict()["state"].items():
+                tensors |= {f"adamw.{name}.{i}.{n}": t for n, t in moments.items()}
+        return tensors, {"micro_batch": self.cfg.micro_batch, "halved": self.halved}
+
+    @torch.no_grad()
+    def restore(self, tensors, rest):
+        """Back to a `state`. ValueError if it is another model's. An optimizer without moments has made no step yet."""
+        for name, tensor in self.trained().items():
+            if name not in tensors or tensors[name].shape != tensor.shape:
+                found = tuple(tensors[name].shape) if name in tensors else "missing"
+                raise ValueError(f"{name} is {found}, this run's model has {tuple(tensor.shape)}; expected the same models")
+            tensor.copy_(tensors[name])
+        for name, optimizer in self.optimizers.items():
+            optimizer.zero_grad(set_to_none=True)
+            packed, moments = optimizer.state_dict(), {}
+            for key in tensors:
+                if key.startswith(f"adamw.{name}."):
+                    i, moment = key.split(".")[2:]
+                    moments.setdefault(int(i), {})[moment] = tensors[key]
+            optimizer.load_state_dict(packed | {"state": moments})
+        self.halved = rest["halved"]
+        self.set_micro_batch(min(self.cfg.micro_batch, rest["micro_batch"]))
+
+    def set_micro_batch(self, size):
+        self.cfg.micro_batch = self.generator.micro_batch = size
+        if self.refiner:
+            self.refiner.micro_batch = size
+
+    def within_memory(self, work, *args):
+        """work(*args); if memory runs out, the first time in a run, micro_batch is halved and the work done again from the same state."""
+        tensors, rest = self.state()
+        before = {n: t.detach().to("cpu", copy=True) for n, t in tensors.items()}
+        try:
+            return work(*args)
+        except torch.OutOfMemoryError:
+            size = self.cfg.micro_batch
+            if self.halved or size < 2:
+                halved = ", halved already" if self.halved else ""
+                raise ValueError(f"out of memory with micro_batch {size}{halved}; expected a smaller micro_batch") from None
+        tqdm.write(f"out of memory with micro_batch {size}: goes on with {size // 2}, which changes rounding alone")
+        torch.cuda.empty_cache()
+        self.restore(before, {"micro_batch": size // 2, "halved": True})
+        return work(*args)
 
     def save(self, out):
         self.generator.save_lora(out / "generator")
@@ -534,33 +604,54 @@ def save_curves(rows, path):
 # ---------------------------------------------------------------- main
 
 
+@dataclass
+class Progress:
+    """Where a run stands between two steps: what a checkpoint holds besides `Run.state`."""
+
+    stage: int = 0  # number of the stage
+    step: int = 0  # passes done in it
+    iteration: int = 0  # training steps done in all stages
+    first: tuple | None = None  # the stage's first look: values, pictures (n, 3, H, W) in [0,1]
+    best: tuple | None = None  # its best look: score, iteration, weights, pictures
+
+
 def train(cfg):
     """All stages, one after another; each starts from the weights that the one before it kept."""
     out, start = Path(cfg.out), time.perf_counter()
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise ValueError(
-            f"out: {cfg.out} is in use and is never overwritten; choose another with out=NAME, or remove it"
-        )
-    run = Run(cfg)
-    describe(cfg, run)
-    log = Log(cfg, load_seconds=time.perf_counter() - start)
-    iteration = 0
-    for number, stage in enumerate(cfg.stages):
-        iteration = train_stage(run, log, number, stage, iteration)
-        run.save(out)
-    log.close(time.perf_counter() - start)
+    with C.locked(out), C.Stop() as stop:
+        found = begun(cfg)
+        run = Run(cfg)
+        describe(cfg, run)
+        progress, rows = load_checkpoint(run) if found else (Progress(), [])
+        log = Log(run, progress, rows, load_seconds=time.perf_counter() - start)
+        try:
+            with C.naming(out):
+                if not found:
+                    log.save(progress)
+                while progress.stage < len(cfg.stages):
+                    stop.now(out)
+                    progress = train_stage(run, log, progress, stop)
+                    run.save(out)
+                    log.save(progress)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{error}; {C.kept(out)}") from error
+        finally:
+            log.close()
+    log.report(time.perf_counter() - start)
 
 
-def train_stage(run, log, number, stage, iteration):
-    """`steps` steps with a look at the validation prompts every few; ends with the weights of the best look. -> next iteration"""
-    first = best = None
-    for step in range(stage.steps + 1):  # the last pass only looks
+def train_stage(run, log, progress, stop):
+    """`steps` steps with a look at the validation prompts every few; ends with the weights of the best look. -> where the next stage starts"""
+    number, iteration, first, best = progress.stage, progress.iteration, progress.first, progress.best
+    stage, every = run.cfg.stages[number], run.cfg.eval_images
+    for step in range(progress.step, stage.steps + 1):  # the last pass only looks
+        C.seed_globals(run.cfg.seed, iteration)
         row = {"step": iteration, "stage": f"{number} {stage.train}", "seconds": {}}
         if step % run.cfg.eval_every == 0 or step == stage.steps:
-            row["validation"], images = run.evaluate(stage)
+            row["validation"], images = run.within_memory(run.evaluate, stage)
             row["seconds"] = dict(run.seconds)
             save_grid(images[:96], log.out / "samples" / f"{iteration:05d}_{stage.train}.png", 16)
-            look, score = row["validation"], row["validation"]["score"]
+            look, score, images = row["validation"], row["validation"]["score"], images[::every].cpu()
             first = first or (look, images)
             limits = run.cfg.keep_within.items()
             within = all(look[f"train_{n}"] >= first[0][f"train_{n}"] - fall for n, fall in limits)
@@ -568,45 +659,130 @@ def train_stage(run, log, number, stage, iteration):
                 best = score, iteration, [t.detach().clone() for t in run.weights_of(stage)], images
         if step < stage.steps:
             looked = row["seconds"]
-            row |= run.step(stage, iteration)
+            row |= run.within_memory(run.step, stage, iteration)
             row["seconds"] = row["seconds"] | looked
             iteration += 1
         log.record(row)
+        check_finite(log.rows)
+        if stop.number or iteration % run.cfg.save_every == 0 and step < stage.steps:
+            log.save(Progress(number, step + 1, iteration, first, best))
+        stop.now(log.out)
     score, kept, weights, images = best
     with torch.no_grad():
         for tensor, value in zip(run.weights_of(stage), weights):
             tensor.copy_(value)
     log.bar.write(f"stage {number} ({stage.train}) keeps the weights of step {kept}: validation score {score:.3f}")
-    every = run.cfg.eval_images
     name = f"before_after_{number}_{stage.train}.png"
-    save_before_after(first[1][::every], images[::every], log.out / "samples" / name)
+    save_before_after(first[1], images, log.out / "samples" / name)
     save_curves(log.rows, log.out / "curves.png")
-    return iteration
+    return Progress(number + 1, 0, iteration)
+
+
+def check_finite(rows, most=3):
+    """ValueError where the last `most` training steps all left an update out."""
+    last = [r for r in rows if "skipped" in r][-most:]
+    if len(last) == most and all(r["skipped"] for r in last):
+        raise ValueError(
+            f"step {last[-1]['step']}: loss or gradient was not finite in {most} steps in a row; "
+            "expected finite ones: a lower lr, a larger beta or dtype float32 may help"
+        )
+
+
+def begun(cfg):
+    """Is there a checkpoint to go on from? ValueError for a folder that holds anything else, or that resume=true does not allow to use."""
+    out, found = Path(cfg.out), C.complete(cfg.out)
+    held = {p.name for p in out.iterdir()} - {C.LOCK}
+    if held and not cfg.resume:
+        raise ValueError(
+            f"out: {cfg.out} is in use and is never overwritten; choose another with out=NAME, "
+            "go on from its checkpoint with resume=true, or remove it"
+        )
+    if cfg.resume and not found:
+        if held - {"checkpoint"}:
+            raise ValueError(f"resume: {cfg.out} holds no checkpoint; train anew with out=NAME and without resume=true")
+        print(f"resume: {cfg.out} holds nothing yet; starts at the beginning")
+    return bool(found)
+
+
+def load_checkpoint(run):
+    """The newest checkpoint that can be read, into `run` -> Progress, rows of metrics.jsonl, which is cut off there."""
+    out, unusable = Path(run.cfg.out), []
+    for path in C.complete(out):
+        try:
+            tensors, state = C.read(path)
+            C.check_config(path, state["config"], asdict(run.cfg))
+            rows = C.read_rows(out / "metrics.jsonl", state["rows"])
+        except C.Unreadable as error:
+            unusable.append(path)
+            print(f"resume: {error}; falls back to the one before")
+            continue
+        run.restore(tensors, state["run"])
+        for bad in unusable:
+            bad.rename(bad.with_suffix(".unreadable"))
+        print(f"resume: goes on from {path}")
+        return unpack(tensors, state), rows
+    raise ValueError(f"resume: no checkpoint of {out} can be read; train anew with out=NAME")
+
+
+def pack(progress):
+    """Progress -> {name: tensor} and a JSON-able dict; pictures as bytes, which is what a grid shows"""
+    tensors, state = {}, {"stage": progress.stage, "step": progress.step, "iteration": progress.iteration}
+    if progress.first:
+        state |= {"first": progress.first[0], "best": progress.best[:2]}
+        tensors = {f"best.weights.{i}": t for i, t in enumerate(progress.best[2])}
+        pictures = {"first.images": progress.first[1], "best.images": progress.best[3]}
+        tensors |= {n: (x * 255).round().byte() for n, x in pictures.items()}
+    return tensors, state
+
+
+def unpack(tensors, state):
+    """What `pack` made -> Progress"""
+    progress = Progress(state["stage"], state["step"], state["iteration"])
+    if "first" in state:
+        weights = [tensors[f"best.weights.{i}"] for i in range(sum(n.startswith("best.weights.") for n in tensors))]
+        first, best = (tensors[f"{n}.images"].float() / 255 for n in ("first", "best"))  # (n, 3, H, W)
+        progress.first, progress.best = (state["first"], first), (*state["best"], weights, best)
+    return progress
 
 
 class Log:
-    """metrics.jsonl, a line a step for people, the progress bar, and where the time went."""
+    """metrics.jsonl, a line a step for people, the progress bar, checkpoints, and where the time went."""
 
-    def __init__(self, cfg, load_seconds):
-        self.out, self.rows, self.seconds = Path(cfg.out), [], {"load": load_seconds}
+    def __init__(self, run, progress, rows, load_seconds):
+        cfg = run.cfg
+        self.run, self.out, self.rows, self.seconds = run, Path(cfg.out), rows, {"load": load_seconds}
         (self.out / "samples").mkdir(parents=True, exist_ok=True)
         (self.out / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False, allow_unicode=True))
-        self.metrics = open(self.out / "metrics.jsonl", "w")
-        self.bar = tqdm(total=sum(s.steps for s in cfg.stages), desc="train", smoothing=0.1)
+        self.metrics = open(self.out / "metrics.jsonl", "a")
+        total = sum(s.steps for s in cfg.stages)
+        self.bar = tqdm(total=total, initial=progress.iteration, desc="train", smoothing=0.1)
 
     def record(self, row):
         row["seconds"] = {n: round(s, 3) for n, s in row["seconds"].items()}
+        row = json.loads(json.dumps(row), parse_constant=lambda _: None)  # JSON knows no NaN
         self.rows.append(row)
-        self.metrics.write(json.dumps(row) + "\n")
-        self.metrics.flush()
+        with C.naming(self.metrics.name):
+            self.metrics.write(json.dumps(row) + "\n")
+            self.metrics.flush()
         for name, s in row["seconds"].items():
             self.seconds[name] = self.seconds.get(name, 0.0) + s
         self.bar.update(int("reward" in row))
         self.bar.write(line(row))
 
-    def close(self, total):
+    def save(self, progress):
+        """A checkpoint, after the rows that it counts"""
+        with C.naming(self.metrics.name):
+            os.fsync(self.metrics.fileno())
+        (tensors, rest), (looks, state) = self.run.state(), pack(progress)
+        state |= {"config": asdict(self.run.cfg), "run": rest, "rows": len(self.rows)}
+        C.write(self.out, progress.iteration, tensors | looks, state)
+
+    def close(self):
         self.bar.close()
-        self.metrics.close()
+        with suppress(OSError):  # a full disk was reported when the row was written
+            self.metrics.close()
+
+    def report(self, total):
         parts = ", ".join(f"{n} {s:.0f}" for n, s in self.seconds.items())
         print(f"seconds: {parts}; in all {total:.0f}. Peak memory {peak_memory():.1f} GiB. Wrote {self.out}/")
 
@@ -623,7 +799,9 @@ def line(row):
         text += f" reward {row['reward']:.3f} +- {row['reward_std']:.3f}"
     for name in ("generator", "refiner"):
         if name in row:
-            text += "".join(f" {k} {v:.3g}" for k, v in row[name].items() if k in ("kl", "grad_norm", "cue_share"))
+            text += "".join(f" {k} {v:.3g}" for k, v in row[name].items() if k in ("kl", "grad_norm", "cue_share") and v is not None)
+    if row.get("skipped"):
+        text += " not finite: update left out"
     if "validation" in row:
         text += " | " + " ".join(f"{k} {v:.3f}" for k, v in row["validation"].items())
     return text
