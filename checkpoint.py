@@ -110,7 +110,8 @@ def read(path):
 def read_rows(path, count):
     """The first `count` rows of metrics.jsonl, after which the file is cut off. Unreadable where there are fewer."""
     rows = []
-    with open(path, "r+b") as file:
+    with open(path, "a+b") as file:  # a run that was killed early has none yet
+        file.seek(0)
         for text in file:
             if len(rows) == count or not text.endswith(b"\n"):
                 break

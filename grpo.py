@@ -20,7 +20,6 @@ Read in this order: Config, advantages, Run.step, Run.update_generator, Run.upda
 
 import difflib
 import json
-import os
 import platform
 import resource
 import sys
@@ -623,16 +622,16 @@ def train(cfg):
         run = Run(cfg)
         describe(cfg, run)
         progress, rows = load_checkpoint(run) if found else (Progress(), [])
-        log = Log(run, progress, rows, load_seconds=time.perf_counter() - start)
+        if not found:  # before anything else, so that there is always one to go on from
+            save_checkpoint(run, progress, 0)
+        log = Log(cfg, progress, rows, load_seconds=time.perf_counter() - start)
         try:
             with C.naming(out):
-                if not found:
-                    log.save(progress)
                 while progress.stage < len(cfg.stages):
                     stop.now(out)
                     progress = train_stage(run, log, progress, stop)
                     run.save(out)
-                    log.save(progress)
+                    save_checkpoint(run, progress, len(log.rows))
         except (ValueError, OSError) as error:
             raise ValueError(f"{error}; {C.kept(out)}") from error
         finally:
@@ -665,7 +664,7 @@ def train_stage(run, log, progress, stop):
         log.record(row)
         check_finite(log.rows)
         if stop.number or iteration % run.cfg.save_every == 0 and step < stage.steps:
-            log.save(Progress(number, step + 1, iteration, first, best))
+            save_checkpoint(run, Progress(number, step + 1, iteration, first, best), len(log.rows))
         stop.now(log.out)
     score, kept, weights, images = best
     with torch.no_grad():
@@ -724,6 +723,16 @@ def load_checkpoint(run):
     raise ValueError(f"resume: no checkpoint of {out} can be read; train anew with out=NAME")
 
 
+def save_checkpoint(run, progress, rows):
+    """After `rows` rows of metrics.jsonl, which reach the disk first"""
+    out = Path(run.cfg.out)
+    if rows:
+        C.fsync(out / "metrics.jsonl")
+    (tensors, rest), (looks, state) = run.state(), pack(progress)
+    state |= {"config": asdict(run.cfg), "run": rest, "rows": rows}
+    C.write(out, progress.iteration, tensors | looks, state)
+
+
 def pack(progress):
     """Progress -> {name: tensor} and a JSON-able dict; pictures as bytes, which is what a grid shows"""
     tensors, state = {}, {"stage": progress.stage, "step": progress.step, "iteration": progress.iteration}
@@ -746,11 +755,10 @@ def unpack(tensors, state):
 
 
 class Log:
-    """metrics.jsonl, a line a step for people, the progress bar, checkpoints, and where the time went."""
+    """metrics.jsonl, a line a step for people, the progress bar, and where the time went."""
 
-    def __init__(self, run, progress, rows, load_seconds):
-        cfg = run.cfg
-        self.run, self.out, self.rows, self.seconds = run, Path(cfg.out), rows, {"load": load_seconds}
+    def __init__(self, cfg, progress, rows, load_seconds):
+        self.out, self.rows, self.seconds = Path(cfg.out), rows, {"load": load_seconds}
         (self.out / "samples").mkdir(parents=True, exist_ok=True)
         (self.out / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False, allow_unicode=True))
         self.metrics = open(self.out / "metrics.jsonl", "a")
@@ -768,14 +776,6 @@ class Log:
             self.seconds[name] = self.seconds.get(name, 0.0) + s
         self.bar.update(int("reward" in row))
         self.bar.write(line(row))
-
-    def save(self, progress):
-        """A checkpoint, after the rows that it counts"""
-        with C.naming(self.metrics.name):
-            os.fsync(self.metrics.fileno())
-        (tensors, rest), (looks, state) = self.run.state(), pack(progress)
-        state |= {"config": asdict(self.run.cfg), "run": rest, "rows": len(self.rows)}
-        C.write(self.out, progress.iteration, tensors | looks, state)
 
     def close(self):
         self.bar.close()

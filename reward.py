@@ -34,6 +34,7 @@ import json
 import os
 import pickle
 import sys
+import traceback
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -651,10 +652,24 @@ def load_rewards(configs, device="cpu"):
             rewards[name] = user_reward(cfg) if ":" in cfg.kind else KINDS[cfg.kind](cfg, device, **cfg.args)
         except (ValueError, OSError) as error:
             raise ValueError(f"rewards: {name}: {error}") from error
+        except Exception as error:  # a user's file may raise anything
+            if ":" not in cfg.kind:
+                raise
+            raise ValueError(f"rewards: {name}: {cfg.kind}: {type(error).__name__}: {error}") from error
     return rewards
 
 
 # ---------------------------------------------------------------- the public entry
+
+
+def blame(reward, error):
+    """Where and how a user's reward failed, 'my_rewards.py:12: KeyError: ...'; a kind of this file says it in its message alone."""
+    call = reward if hasattr(reward, "__globals__") else type(reward).__call__
+    path = getattr(call, "__globals__", {}).get("__file__", "its function")
+    if path == __file__ and isinstance(error, (ValueError, OSError)):
+        return str(error)
+    lines = [f":{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return f"{path}{lines[-1] if lines else ''}: {type(error).__name__}: {error}"
 
 
 @torch.no_grad()
@@ -667,8 +682,10 @@ def score(rewards, images, prompts, micro_batch=64):
             chunk, texts = images[i : i + micro_batch], list(prompts[i : i + micro_batch])
             try:
                 value = torch.as_tensor(reward(chunk, texts))
-            except (ValueError, OSError) as error:
-                raise ValueError(f"rewards: {name}: {error}") from error
+            except torch.OutOfMemoryError:  # another matter, see grpo.Run.within_memory
+                raise
+            except Exception as error:  # a user's function may raise anything
+                raise ValueError(f"rewards: {name}: {blame(reward, error)}") from error
             if value.shape != (len(chunk),):
                 shape, n = tuple(value.shape), len(chunk)
                 raise ValueError(f"rewards: {name} returned shape {shape} for {n} pictures; expected ({n},)")
