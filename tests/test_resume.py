@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from safetensors.torch import save_file as safetensors_save
 
 import checkpoint as C
 import grpo
@@ -188,7 +189,7 @@ def test_a_spoiled_checkpoint_falls_back_to_the_one_before(written, tmp_path, ca
     printed = capsys.readouterr().out
     assert "falls back to the one before" in printed and f"goes on from {previous}" in printed
     assert_same(result(out), before)
-    for folder in (C.complete(out)):
+    for folder in C.complete(out):
         harm(folder)
     with pytest.raises(ValueError, match="no checkpoint of .* can be read; train anew with out=NAME"):
         grpo.train(load(path, "resume=true"))
@@ -242,37 +243,6 @@ def test_two_runs_on_one_folder_are_refused(tmp_path, capsys):
 # ---------------------------------------------------------------- faults
 
 
-@pytest.mark.parametrize("where", ["checkpoint", "metrics"])
-def test_a_full_disk_is_one_line(written, tmp_path, monkeypatch, where):
-    """It names the file and the checkpoint that was kept; with room again the run goes on from there to the same end."""
-    path, whole = two_steps(written, tmp_path)
-    before = result(whole)
-    os.rename(whole, tmp_path / "first")
-    calls = []
-
-    def full(function, nth):
-        def wrapped(*args, **values):
-            calls.append(args)
-            if len(calls) >= nth:
-                raise SafetensorError("I/O error: No space left on device (os error 28)") if where == "checkpoint" else OSError(
-                    errno.ENOSPC, "No space left on device")  # fmt: skip
-            return function(*args, **values)
-
-        return wrapped
-
-    with monkeypatch.context() as patch:
-        if where == "checkpoint":
-            patch.setattr(C, "save_file", full(C.save_file, 3))
-        else:
-            patch.setattr(grpo.json, "dumps", full(json.dumps, 10**9))
-            patch.setattr(grpo.Log, "record", broken_record(grpo.Log.record))
-        named = "out/checkpoint/000002" if where == "checkpoint" else "out/metrics.jsonl"
-        with pytest.raises(ValueError, match=f"{named}.*; the last good checkpoint is .*checkpoint/000001; resume=true"):
-            grpo.train(load(path))
-    grpo.train(load(path, "resume=true"))
-    assert_same(result(tmp_path / "out"), before)
-
-
 class Full:
     """A file on a disk that is full from the second row on"""
 
@@ -290,13 +260,35 @@ class Full:
         return getattr(self.file, name)
 
 
-def broken_record(record):
-    def wrapped(log, row):
-        if not isinstance(log.metrics, Full):
-            log.metrics = Full(log.metrics)
-        record(log, row)
+@pytest.mark.parametrize("where,kept", [("checkpoint/000002", 1), ("metrics.jsonl", 1)])
+def test_a_full_disk_is_one_line(written, tmp_path, monkeypatch, where, kept):
+    """It names the file and the checkpoint that was kept; with room again the run goes on from there to the same end."""
+    path, whole = two_steps(written, tmp_path)
+    before = result(whole)
+    whole.rename(tmp_path / "first")
+    saves, start = [], grpo.Log.__init__
 
-    return wrapped
+    def save_file(tensors, file):
+        saves.append(file)
+        if len(saves) == 3:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        return safetensors_save(tensors, file)
+
+    def full_metrics(log, *args, **values):
+        start(log, *args, **values)
+        log.metrics = Full(log.metrics)
+
+    with monkeypatch.context() as patch:
+        if where == "metrics.jsonl":
+            patch.setattr(grpo.Log, "__init__", full_metrics)
+        else:
+            patch.setattr(C, "save_file", save_file)
+        message = f"(No space left on device.*)?out/{where}.*; the last good checkpoint is .*checkpoint/00000{kept}; resume=true"
+        with pytest.raises(ValueError, match=message):
+            grpo.train(load(path))
+    assert [p.name for p in (tmp_path / "out/checkpoint").iterdir()].count(".writing") == 0
+    grpo.train(load(path, "resume=true"))
+    assert_same(result(tmp_path / "out"), before)
 
 
 def test_a_step_that_is_not_finite_is_left_out(written, tmp_path, monkeypatch):
@@ -337,21 +329,15 @@ def test_an_exception_in_a_reward_names_reward_and_line(written, tmp_path, body,
     """Whatever it raises, where the user wrote it; a wrong signature and a file that cannot be imported name the file too."""
     config = R.RewardConfig(kind=str(tmp_path / "mine.py") + ":bad")
     written()
-    (tmp_path / "mine.py").write_text(REWARDS + f"
-def bad(images, prompts):
-    return {body}
-")
+    (tmp_path / "mine.py").write_text(REWARDS + f"\ndef bad(images, prompts):\n    return {body}\n")
     rewards = R.load_rewards({"odd": config})
     line = len(REWARDS.splitlines()) + 3
     with pytest.raises(ValueError, match="rewards: odd: .*" + message.replace("11", str(line))):
         R.score(rewards, torch.zeros(1, 3, 4, 4), ["a"])
-    (tmp_path / "mine.py").write_text("def bad(images):
-    return images
-")
+    (tmp_path / "mine.py").write_text("def bad(images):\n    return images\n")
     with pytest.raises(ValueError, match="rewards: odd: .*mine.py: TypeError: bad"):
         R.score(R.load_rewards({"odd": config}), torch.zeros(1, 3, 4, 4), ["a"])
-    (tmp_path / "mine.py").write_text("import nothing_of_this_name
-")
+    (tmp_path / "mine.py").write_text("import nothing_of_this_name\n")
     with pytest.raises(ValueError, match="rewards: odd: .*mine.py:bad: ModuleNotFoundError"):
         R.load_rewards({"odd": config})
 
