@@ -160,7 +160,7 @@ def build(kind, value, where):
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)  # 1 is a float here, and 1e-5 is a string in YAML 1.1
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if isinstance(kind, type) and type(value) is kind:
         return value
@@ -187,7 +187,7 @@ def load_config(argv):
     try:
         values = yaml.safe_load(Path(path).read_text()) or {}
         pairs = [(w.partition("=")[0], yaml.safe_load(w.partition("=")[2])) for w in words]
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # bytes, dates, odd tags
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
@@ -195,9 +195,11 @@ def load_config(argv):
         if "=" not in word:
             raise ValueError(f"{word!r}: expected key=value, such as generator.num_steps=4")
     profiles = values.pop("profiles", None) or {}
+    if not isinstance(profiles, dict) or not all(isinstance(p, dict) for p in profiles.values()):
+        raise ValueError(f"{path}: profiles: {profiles!r}; expected a mapping of names to mappings of keys")
     for key, value in pairs:
         if key == "profile":
-            if value not in profiles:
+            if value not in list(profiles):
                 raise ValueError(f"profile={value}: {path} has no such profile; it has {', '.join(profiles) or 'none'}")
             merge(values, profiles[value])
     for key, value in pairs:
@@ -206,7 +208,8 @@ def load_config(argv):
                 value = {part: value}
             merge(values, value)
     for kind in ("train", "validation", "heldout"):  # a profile or an override drops a reward by setting it to null
-        group = (values.get("rewards") or {}).get(kind)
+        rewards = values.get("rewards")
+        group = rewards.get(kind) if isinstance(rewards, dict) else None
         if isinstance(group, dict):
             values["rewards"][kind] = {n: r for n, r in group.items() if r is not None}
     try:
@@ -219,7 +222,11 @@ def read_prompts(path):
     """One prompt a line -> list of texts; empty lines are skipped, an empty list is an error"""
     if not Path(path).is_file():
         raise ValueError(f"{path} is not a file; expected one prompt a line")
-    prompts = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); expected one prompt a line") from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"{path} has no prompt with text in it; expected one prompt a line")
     return prompts
@@ -767,10 +774,9 @@ class Log:
 
     def record(self, row):
         row["seconds"] = {n: round(s, 3) for n, s in row["seconds"].items()}
-        row = json.loads(json.dumps(row), parse_constant=lambda _: None)  # JSON knows no NaN
-        self.rows.append(row)
-        with C.naming(self.metrics.name):
-            self.metrics.write(json.dumps(row) + "\n")
+        self.rows.append(json.loads(json.dumps(row), parse_constant=lambda _: None))  # JSON knows no NaN
+        with C.naming(self.out / "metrics.jsonl"):
+            self.metrics.write(json.dumps(self.rows[-1]) + "\n")
             self.metrics.flush()
         for name, s in row["seconds"].items():
             self.seconds[name] = self.seconds.get(name, 0.0) + s
@@ -799,7 +805,7 @@ def line(row):
         text += f" reward {row['reward']:.3f} +- {row['reward_std']:.3f}"
     for name in ("generator", "refiner"):
         if name in row:
-            text += "".join(f" {k} {v:.3g}" for k, v in row[name].items() if k in ("kl", "grad_norm", "cue_share") and v is not None)
+            text += "".join(f" {k} {v:.3g}" for k, v in row[name].items() if k in ("kl", "grad_norm", "cue_share"))
     if row.get("skipped"):
         text += " not finite: update left out"
     if "validation" in row:
