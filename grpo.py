@@ -4,6 +4,7 @@
     python grpo.py config.yaml seed=1 out=out/seed1     any key of config.yaml, dotted
     python grpo.py config.yaml profile=quick            a named set of keys from `profiles`
     torchrun --nproc_per_node=8 grpo.py config.yaml     the same run on 8 GPUs: each takes whole prompt groups
+    python grpo.py config.yaml resume=true              go on after an interruption, to the same result
 
 One step is a walk. P prompts, N rewrites of each, M images of each rewrite; batches are prompt-major, (P, N, M):
 
@@ -27,7 +28,7 @@ import sys
 import time
 import types
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -43,6 +44,7 @@ from einops import rearrange
 from PIL import Image
 from tqdm import tqdm
 
+import checkpoint as C
 import generator as G
 import refiner as L
 import reward as R
@@ -119,12 +121,17 @@ class Config:
     eval_every: int = 4
     eval_images: int = 4
     keep_within: dict[str, float] = field(default_factory=dict)
+    save_every: int = 4
+    resume: bool = False
     generator: G.GeneratorConfig = field(default_factory=G.GeneratorConfig)
     refiner: L.RefinerConfig | None = field(default_factory=L.RefinerConfig)
     rewards: R.RewardsConfig = field(default_factory=R.RewardsConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
 
     def __post_init__(self):
+        for name in ("micro_batch", "updates", "eval_every", "eval_images", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}; expected 1 or more")
         if not self.rewards.train:
             raise ValueError("rewards.train: empty; expected at least one reward to optimise")
         if not self.stages:
@@ -177,7 +184,7 @@ def build(kind, value, where):
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)  # 1 is a float here, and 1e-5 is a string in YAML 1.1
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if isinstance(kind, type) and type(value) is kind:
         return value
@@ -204,7 +211,7 @@ def load_config(argv):
     try:
         values = yaml.safe_load(Path(path).read_text()) or {}
         pairs = [(w.partition("=")[0], yaml.safe_load(w.partition("=")[2])) for w in words]
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # bytes, dates, odd tags
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
@@ -212,9 +219,11 @@ def load_config(argv):
         if "=" not in word:
             raise ValueError(f"{word!r}: expected key=value, such as generator.num_steps=4")
     profiles = values.pop("profiles", None) or {}
+    if not isinstance(profiles, dict) or not all(isinstance(p, dict) for p in profiles.values()):
+        raise ValueError(f"{path}: profiles: {profiles!r}; expected a mapping of names to mappings of keys")
     for key, value in pairs:
         if key == "profile":
-            if value not in profiles:
+            if value not in list(profiles):
                 raise ValueError(f"profile={value}: {path} has no such profile; it has {', '.join(profiles) or 'none'}")
             merge(values, profiles[value])
     for key, value in pairs:
@@ -223,7 +232,8 @@ def load_config(argv):
                 value = {part: value}
             merge(values, value)
     for kind in ("train", "validation", "heldout"):  # a profile or an override drops a reward by setting it to null
-        group = (values.get("rewards") or {}).get(kind)
+        rewards = values.get("rewards")
+        group = rewards.get(kind) if isinstance(rewards, dict) else None
         if isinstance(group, dict):
             values["rewards"][kind] = {n: r for n, r in group.items() if r is not None}
     try:
@@ -236,7 +246,11 @@ def read_prompts(path):
     """One prompt a line -> list of texts; empty lines are skipped, an empty list is an error"""
     if not Path(path).is_file():
         raise ValueError(f"{path} is not a file; expected one prompt a line")
-    prompts = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); expected one prompt a line") from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"{path} has no prompt with text in it; expected one prompt a line")
     return prompts
@@ -372,7 +386,7 @@ class Run:
         self.weights = {n: r.weight for n, r in cfg.rewards.train.items()}
         self.kid_model = R.ClipReward(R.RewardConfig(model=cfg.rewards.kid), self.device)
         self.photo_features = self.features(self.real(photos))  # (n, D)
-        self.seconds = {}
+        self.seconds, self.skipped, self.halved = {}, 0, False
         if train:
             self.generator.add_lora(cfg.seed)
             self.optimizers = {"generator": self.adamw(self.generator.parameters(), cfg.generator.lr)}
@@ -413,7 +427,7 @@ class Run:
         metrics are those of the whole batch on every rank; gradients are summed.
         """
         cfg, P, N, M = self.cfg, stage.prompts, stage.rewrites, stage.images
-        self.seconds = {}
+        self.seconds, self.skipped = {}, 0
         rng = np.random.default_rng([cfg.seed, iteration])  # decides what all samples of a step share
         mine = share_of(P)  # numbers of this rank's prompts
         here = mine or [0]  # a rank without any walks along with one that does not count
@@ -447,7 +461,7 @@ class Run:
             means = {"cue_share": L.cue_share(rewrites.texts, cfg.refiner.cues)}
             means["bad_format"] = rewrites.bad_format.mean().item()
             row["refiner"] |= sum_metrics({n: value * len(mine) / P for n, value in means.items()})
-        return row | {"seconds": dict(self.seconds)}
+        return row | {"skipped": self.skipped, "seconds": dict(self.seconds)}
 
     def next_prompts(self, iteration, P):
         """The prompts of a step: one permutation an epoch, so that each prompt is drawn once before any is drawn twice"""
@@ -496,8 +510,7 @@ class Run:
                     total["loss"] += loss.item()
                     total["kl"] += kl.sum().item() / (groups * size * window)
                     total["clip_fraction"] += clipped.sum().item() / (groups * size * window)
-            norm += self.optimize("generator", gen.parameters()) / len(shares)
-            gen.update_ema()
+            norm += self.optimize("generator", gen.parameters(), total["loss"]) / len(shares)
         return sum_metrics(total) | {"grad_norm": norm}
 
     def update_refiner(self, rewrites, scores, stage, mine):
@@ -534,7 +547,7 @@ class Run:
                 total["loss"] += loss.item()
                 total["clip_fraction"] += clipped.item()
                 total["entropy"] += entropy.sum().item() / tokens
-            norm += self.optimize("refiner", llm.parameters()) / len(shares)
+            norm += self.optimize("refiner", llm.parameters(), total["loss"]) / len(shares)
         return sum_metrics(total) | {"grad_norm": norm}
 
     def shares(self, groups, size, mine, alive=None):
@@ -550,13 +563,20 @@ class Run:
             shares.append((prompts, [rows[i : i + m] for i in range(0, len(rows), m)]))
         return shares
 
-    def optimize(self, name, parameters):
+    def optimize(self, name, parameters, loss):
+        """One AdamW step -> gradient norm. Where loss or gradient is not finite it is left out, and counted in `skipped`."""
         with self.phase("optimizer"):
             sum_gradients(parameters)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self.cfg.max_grad_norm)
-            self.optimizers[name].step()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.cfg.max_grad_norm).item()
+            infinite = all_sum(torch.tensor([float(not np.isfinite(loss))])).item()  # on any rank
+            if np.isfinite(norm) and not infinite:
+                self.optimizers[name].step()
+                if name == "generator":
+                    self.generator.update_ema()
+            else:
+                self.skipped += 1
             self.optimizers[name].zero_grad(set_to_none=True)
-        return norm.item()
+        return norm
 
     # ------------------------------------------------ evaluation
 
@@ -604,6 +624,63 @@ class Run:
         if stage.train != "generator":
             tensors += self.refiner.parameters()
         return tensors
+
+    def trained(self):
+        """{name: tensor} of all that training changes but the optimizers, by reference"""
+        tensors = {f"generator.lora.{n}": p for n, p in self.generator.lora.items()}
+        tensors |= {f"generator.ema.{n}": p for n, p in self.generator.ema.items()}
+        if self.refiner:
+            named = self.refiner.model.named_parameters()
+            tensors |= {f"refiner.lora.{n}": p for n, p in named if p.requires_grad}
+        return tensors
+
+    def state(self):
+        """What `restore` takes: {name: tensor}, by reference, with the AdamW moments, and a JSON-able dict of the rest"""
+        tensors = self.trained()
+        for name, optimizer in self.optimizers.items():
+            for i, moments in optimizer.state_dict()["state"].items():
+                tensors |= {f"adamw.{name}.{i}.{n}": t for n, t in moments.items()}
+        return tensors, {"micro_batch": self.cfg.micro_batch, "halved": self.halved}
+
+    @torch.no_grad()
+    def restore(self, tensors, rest):
+        """Back to a `state`. ValueError if it is another model's. An optimizer without moments has made no step yet."""
+        for name, tensor in self.trained().items():
+            if name not in tensors or tensors[name].shape != tensor.shape:
+                found = tuple(tensors[name].shape) if name in tensors else "missing"
+                raise ValueError(f"{name} is {found}, this run's model has {tuple(tensor.shape)}; expected the same models")
+            tensor.copy_(tensors[name])
+        for name, optimizer in self.optimizers.items():
+            optimizer.zero_grad(set_to_none=True)
+            packed, moments = optimizer.state_dict(), {}
+            for key in tensors:
+                if key.startswith(f"adamw.{name}."):
+                    i, moment = key.split(".")[2:]
+                    moments.setdefault(int(i), {})[moment] = tensors[key]
+            optimizer.load_state_dict(packed | {"state": moments})
+        self.halved = rest["halved"]
+        self.set_micro_batch(min(self.cfg.micro_batch, rest["micro_batch"]))
+
+    def set_micro_batch(self, size):
+        self.cfg.micro_batch = self.generator.micro_batch = size
+        if self.refiner:
+            self.refiner.micro_batch = size
+
+    def within_memory(self, work, *args):
+        """work(*args); if memory runs out, the first time in a run, micro_batch is halved and the work done again from the same state."""
+        tensors, rest = self.state()
+        before = {n: t.detach().to("cpu", copy=True) for n, t in tensors.items()}
+        try:
+            return work(*args)
+        except torch.OutOfMemoryError:
+            size = self.cfg.micro_batch
+            if self.halved or size < 2 or world()[1] > 1:  # ranks must do the same work
+                halved = ", halved already" if self.halved else ""
+                raise ValueError(f"out of memory with micro_batch {size}{halved}; expected a smaller micro_batch") from None
+        tqdm.write(f"out of memory with micro_batch {size}: goes on with {size // 2}, which changes rounding alone")
+        torch.cuda.empty_cache()
+        self.restore(before, {"micro_batch": size // 2, "halved": True})
+        return work(*args)
 
     def save(self, out):
         self.generator.save_lora(out / "generator")
@@ -675,40 +752,62 @@ def save_curves(rows, path):
 # ---------------------------------------------------------------- main
 
 
+@dataclass
+class Progress:
+    """Where a run stands between two steps: what a checkpoint holds besides `Run.state`."""
+
+    stage: int = 0  # number of the stage
+    step: int = 0  # passes done in it
+    iteration: int = 0  # training steps done in all stages
+    first: tuple | None = None  # the stage's first look: values, pictures (n, 3, H, W) in [0,1]
+    best: tuple | None = None  # its best look: score, iteration, weights, pictures
+
+
 def train(cfg):
     """All stages, one after another; each starts from the weights that the one before it kept."""
     out, start = Path(cfg.out), time.perf_counter()
-    if is_main() and out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise ValueError(
-            f"out: {cfg.out} is in use and is never overwritten; choose another with out=NAME, or remove it"
-        )
-    join(pick_device(cfg.device))
-    if not is_main():
-        sys.stdout = open(os.devnull, "w")  # rank 0 prints
-    run = Run(cfg)
-    describe(cfg, run)
-    log = Log(cfg, load_seconds=time.perf_counter() - start)
-    iteration = 0
-    for number, stage in enumerate(cfg.stages):
-        iteration = train_stage(run, log, number, stage, iteration)
-        if is_main():
-            run.save(out)
-    log.close(time.perf_counter() - start)
+    main = C.locked(out) if is_main() else nullcontext()  # rank 0 writes and prints
+    with main, C.Stop() as stop:
+        join(pick_device(cfg.device))
+        if not is_main():
+            sys.stdout = open(os.devnull, "w")
+        found = bool(all_sum(torch.tensor([float(is_main() and begun(cfg))])).item())
+        run = Run(cfg)
+        describe(cfg, run)
+        progress, rows = load_checkpoint(run) if found else (Progress(), [])
+        if not found:  # before anything else, so that there is always one to go on from
+            save_checkpoint(run, progress, 0)
+        log = Log(cfg, progress, rows, load_seconds=time.perf_counter() - start)
+        try:
+            with C.naming(out):
+                while progress.stage < len(cfg.stages):
+                    stop.now(out)
+                    progress = train_stage(run, log, progress, stop)
+                    if is_main():
+                        run.save(out)
+                    save_checkpoint(run, progress, len(log.rows))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{error}; {C.kept(out)}") from error
+        finally:
+            log.close()
+    log.report(time.perf_counter() - start)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def train_stage(run, log, number, stage, iteration):
-    """`steps` steps with a look at the validation prompts every few; ends with the weights of the best look. -> next iteration"""
-    first = best = None
-    for step in range(stage.steps + 1):  # the last pass only looks
+def train_stage(run, log, progress, stop):
+    """`steps` steps with a look at the validation prompts every few; ends with the weights of the best look. -> where the next stage starts"""
+    number, iteration, first, best = progress.stage, progress.iteration, progress.first, progress.best
+    stage, every = run.cfg.stages[number], run.cfg.eval_images
+    for step in range(progress.step, stage.steps + 1):  # the last pass only looks
+        C.seed_globals(run.cfg.seed, iteration)
         row = {"step": iteration, "stage": f"{number} {stage.train}", "seconds": {}}
         if step % run.cfg.eval_every == 0 or step == stage.steps:
-            row["validation"], images = run.evaluate(stage)
+            row["validation"], images = run.within_memory(run.evaluate, stage)
             row["seconds"] = dict(run.seconds)
             if is_main():
                 save_grid(images[:96], log.out / "samples" / f"{iteration:05d}_{stage.train}.png", 16)
-            look, score = row["validation"], row["validation"]["score"]
+            look, score, images = row["validation"], row["validation"]["score"], images[::every].cpu()
             first = first or (look, images)
             limits = run.cfg.keep_within.items()
             within = all(look[f"train_{n}"] >= first[0][f"train_{n}"] - fall for n, fall in limits)
@@ -716,47 +815,137 @@ def train_stage(run, log, number, stage, iteration):
                 best = score, iteration, [t.detach().clone() for t in run.weights_of(stage)], images
         if step < stage.steps:
             looked = row["seconds"]
-            row |= run.step(stage, iteration)
+            row |= run.within_memory(run.step, stage, iteration)
             row["seconds"] = row["seconds"] | looked
             iteration += 1
         log.record(row)
+        check_finite(log.rows)
+        stop.agree(all_sum(torch.tensor([float(bool(stop.number))])).item())
+        if stop.number or iteration % run.cfg.save_every == 0 and step < stage.steps:
+            save_checkpoint(run, Progress(number, step + 1, iteration, first, best), len(log.rows))
+        stop.now(log.out)
     score, kept, weights, images = best
     with torch.no_grad():
         for tensor, value in zip(run.weights_of(stage), weights):
             tensor.copy_(value)
     log.bar.write(f"stage {number} ({stage.train}) keeps the weights of step {kept}: validation score {score:.3f}")
     if is_main():
-        every = run.cfg.eval_images
-        name = f"before_after_{number}_{stage.train}.png"
-        save_before_after(first[1][::every], images[::every], log.out / "samples" / name)
+        save_before_after(first[1], images, log.out / "samples" / f"before_after_{number}_{stage.train}.png")
         save_curves(log.rows, log.out / "curves.png")
-    return iteration
+    return Progress(number + 1, 0, iteration)
+
+
+def check_finite(rows, most=3):
+    """ValueError where the last `most` training steps all left an update out."""
+    last = [r for r in rows if "skipped" in r][-most:]
+    if len(last) == most and all(r["skipped"] for r in last):
+        raise ValueError(
+            f"step {last[-1]['step']}: loss or gradient was not finite in {most} steps in a row; "
+            "expected finite ones: a lower lr, a larger beta or dtype float32 may help"
+        )
+
+
+def begun(cfg):
+    """Is there a checkpoint to go on from? ValueError for a folder that holds anything else, or that resume=true does not allow to use."""
+    out, found = Path(cfg.out), C.complete(cfg.out)
+    held = {p.name for p in out.iterdir()} - {C.LOCK}
+    if held and not cfg.resume:
+        raise ValueError(
+            f"out: {cfg.out} is in use and is never overwritten; choose another with out=NAME, "
+            "go on from its checkpoint with resume=true, or remove it"
+        )
+    if cfg.resume and not found:
+        if held - {"checkpoint"}:
+            raise ValueError(f"resume: {cfg.out} holds no checkpoint; train anew with out=NAME and without resume=true")
+        print(f"resume: {cfg.out} holds nothing yet; starts at the beginning")
+    return bool(found)
+
+
+def load_checkpoint(run):
+    """The newest checkpoint that can be read, into `run` -> Progress, rows of metrics.jsonl, which is cut off there."""
+    out, unusable = Path(run.cfg.out), []
+    for path in C.complete(out):
+        try:
+            tensors, state = C.read(path)
+            C.check_config(path, state["config"], asdict(run.cfg))
+            rows = C.read_rows(out / "metrics.jsonl", state["rows"])
+        except C.Unreadable as error:
+            unusable.append(path)
+            print(f"resume: {error}; falls back to the one before")
+            continue
+        run.restore(tensors, state["run"])
+        all_sum(torch.zeros(1))  # all ranks have read
+        for bad in unusable if is_main() else ():
+            bad.rename(bad.with_suffix(".unreadable"))
+        print(f"resume: goes on from {path}")
+        return unpack(tensors, state), rows
+    raise ValueError(f"resume: no checkpoint of {out} can be read; train anew with out=NAME")
+
+
+def save_checkpoint(run, progress, rows):
+    """After `rows` rows of metrics.jsonl, which reach the disk first"""
+    if not is_main():
+        return
+    out = Path(run.cfg.out)
+    if rows:
+        C.fsync(out / "metrics.jsonl")
+    (tensors, rest), (looks, state) = run.state(), pack(progress)
+    state |= {"config": asdict(run.cfg), "run": rest, "rows": rows}
+    C.write(out, progress.iteration, tensors | looks, state)
+
+
+def pack(progress):
+    """Progress -> {name: tensor} and a JSON-able dict; pictures as bytes, which is what a grid shows"""
+    tensors, state = {}, {"stage": progress.stage, "step": progress.step, "iteration": progress.iteration}
+    if progress.first:
+        state |= {"first": progress.first[0], "best": progress.best[:2]}
+        tensors = {f"best.weights.{i}": t for i, t in enumerate(progress.best[2])}
+        pictures = {"first.images": progress.first[1], "best.images": progress.best[3]}
+        tensors |= {n: (x * 255).round().byte() for n, x in pictures.items()}
+    return tensors, state
+
+
+def unpack(tensors, state):
+    """What `pack` made -> Progress"""
+    progress = Progress(state["stage"], state["step"], state["iteration"])
+    if "first" in state:
+        weights = [tensors[f"best.weights.{i}"] for i in range(sum(n.startswith("best.weights.") for n in tensors))]
+        first, best = (tensors[f"{n}.images"].float() / 255 for n in ("first", "best"))  # (n, 3, H, W)
+        progress.first, progress.best = (state["first"], first), (*state["best"], weights, best)
+    return progress
 
 
 class Log:
     """metrics.jsonl, a line a step for people, the progress bar, and where the time went."""
 
-    def __init__(self, cfg, load_seconds):
-        self.out, self.rows, self.seconds = Path(cfg.out), [], {"load": load_seconds}
+    def __init__(self, cfg, progress, rows, load_seconds):
+        self.out, self.rows, self.seconds = Path(cfg.out), rows, {"load": load_seconds}
         if is_main():
             (self.out / "samples").mkdir(parents=True, exist_ok=True)
             (self.out / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False, allow_unicode=True))
-        self.metrics = open(self.out / "metrics.jsonl" if is_main() else os.devnull, "w")
-        self.bar = tqdm(total=sum(s.steps for s in cfg.stages), desc="train", smoothing=0.1, disable=not is_main())
+        self.metrics = open(self.out / "metrics.jsonl" if is_main() else os.devnull, "a")
+        total = sum(s.steps for s in cfg.stages)
+        self.bar = tqdm(
+            total=total, initial=progress.iteration, desc="train", smoothing=0.1, disable=not is_main()
+        )
 
     def record(self, row):
         row["seconds"] = {n: round(s, 3) for n, s in row["seconds"].items()}
-        self.rows.append(row)
-        self.metrics.write(json.dumps(row) + "\n")
-        self.metrics.flush()
+        self.rows.append(json.loads(json.dumps(row), parse_constant=lambda _: None))  # JSON knows no NaN
+        with C.naming(self.out / "metrics.jsonl"):
+            self.metrics.write(json.dumps(self.rows[-1]) + "\n")
+            self.metrics.flush()
         for name, s in row["seconds"].items():
             self.seconds[name] = self.seconds.get(name, 0.0) + s
         self.bar.update(int("reward" in row))
         self.bar.write(line(row))
 
-    def close(self, total):
+    def close(self):
         self.bar.close()
-        self.metrics.close()
+        with suppress(OSError):  # a full disk was reported when the row was written
+            self.metrics.close()
+
+    def report(self, total):
         parts = ", ".join(f"{n} {s:.0f}" for n, s in self.seconds.items())
         print(f"seconds: {parts}; in all {total:.0f}. Peak memory {peak_memory():.1f} GiB. Wrote {self.out}/")
 
@@ -774,6 +963,8 @@ def line(row):
     for name in ("generator", "refiner"):
         if name in row:
             text += "".join(f" {k} {v:.3g}" for k, v in row[name].items() if k in ("kl", "grad_norm", "cue_share"))
+    if row.get("skipped"):
+        text += " not finite: update left out"
     if "validation" in row:
         text += " | " + " ".join(f"{k} {v:.3f}" for k, v in row["validation"].items())
     return text

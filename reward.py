@@ -34,6 +34,7 @@ import json
 import os
 import pickle
 import sys
+import traceback
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -535,7 +536,10 @@ class RemoteReward:
             raise ValueError(f"it starts with {few([token for token, _ in listed])}, neither real nor fake")
         least = [min(p for _, p in listed)]
         real, fake = (torch.tensor(side or least).logsumexp(0) for side in (real, fake))
-        return torch.sigmoid(real - fake).item()
+        value = torch.sigmoid(real - fake).item()
+        if not 0 <= value <= 1:
+            raise ValueError("log-probs that are not numbers")
+        return value
 
     async def ask(self, client, free, picture, prompt):
         """One picture -> P(real), after as many attempts as it takes, at most 1 + retries"""
@@ -563,7 +567,7 @@ class RemoteReward:
                 problem = f"no answer within {self.timeout:g} seconds"
             except (HTTPError, OSError) as error:
                 problem = f"no connection ({error})"
-            except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
                 problem = f"an answer that cannot be read ({error})"
             if attempt <= self.retries:
                 await asyncio.sleep(min(self.backoff * 2 ** (attempt - 1), 60))
@@ -651,10 +655,24 @@ def load_rewards(configs, device="cpu"):
             rewards[name] = user_reward(cfg) if ":" in cfg.kind else KINDS[cfg.kind](cfg, device, **cfg.args)
         except (ValueError, OSError) as error:
             raise ValueError(f"rewards: {name}: {error}") from error
+        except Exception as error:  # a user's file may raise anything
+            if ":" not in cfg.kind:
+                raise
+            raise ValueError(f"rewards: {name}: {cfg.kind}: {type(error).__name__}: {error}") from error
     return rewards
 
 
 # ---------------------------------------------------------------- the public entry
+
+
+def blame(reward, error):
+    """Where and how a user's reward failed, 'my_rewards.py:12: KeyError: ...'; a kind of this file says it in its message alone."""
+    call = reward if hasattr(reward, "__globals__") else type(reward).__call__
+    path = getattr(call, "__globals__", {}).get("__file__", "its function")
+    if path == __file__ and isinstance(error, (ValueError, OSError)):
+        return str(error)
+    lines = [f":{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return f"{path}{lines[-1] if lines else ''}: {type(error).__name__}: {error}"
 
 
 @torch.no_grad()
@@ -672,8 +690,10 @@ def score(rewards, images, prompts, micro_batch=64, visit=None):
             chunk, texts = images[i : i + micro_batch], list(prompts[i : i + micro_batch])
             try:
                 value = torch.as_tensor(reward(chunk, texts))
-            except (ValueError, OSError) as error:
-                raise ValueError(f"rewards: {name}: {error}") from error
+            except torch.OutOfMemoryError:  # another matter, see grpo.Run.within_memory
+                raise
+            except Exception as error:  # a user's function may raise anything
+                raise ValueError(f"rewards: {name}: {blame(reward, error)}") from error
             if value.shape != (len(chunk),):
                 shape, n = tuple(value.shape), len(chunk)
                 raise ValueError(f"rewards: {name} returned shape {shape} for {n} pictures; expected ({n},)")
@@ -690,8 +710,11 @@ def score(rewards, images, prompts, micro_batch=64, visit=None):
 def read_image(path, size=None):
     """A picture file -> (3,H,W) f32 in [0,1], cropped and resized to `size` (height, width) where it is given"""
     try:
-        picture = Image.open(path).convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
+        picture = Image.open(path)
+        if picture.mode.startswith("I"):  # 16 bits a pixel, which convert would cut off at 255
+            picture = Image.fromarray((np.array(picture) / 257).clip(0, 255).round().astype(np.uint8))
+        picture = picture.convert("RGB")
+    except Exception as error:  # what the decoders raise for a broken file has no common kind
         raise ValueError(f"{path} is not a picture that can be read ({error})") from error
     if size and picture.size != (size[1], size[0]):
         h, w = size
@@ -709,7 +732,19 @@ def read_photos(path, size):
     path = Path(path)
     if not path.is_file():
         raise ValueError(f'{path} is not a file; expected JSON lines {{"image": path, "prompt": text}}')
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("image", "prompt")):
+                text = line[:60].decode(errors="replace")
+                raise ValueError(f'{path}, line {number}: {text!r}; expected {{"image": path, "prompt": text}}')
+            rows.append(row)
+    if not rows:
+        raise ValueError(f'{path} has no line in it; expected JSON lines {{"image": path, "prompt": text}}')
     return torch.stack([read_image(path.parent / r["image"], size) for r in rows]), [r["prompt"] for r in rows]
 
 

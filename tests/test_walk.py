@@ -146,7 +146,7 @@ def gradients(cfg, micro_batch):
     cfg.micro_batch = micro_batch
     run = grpo.Run(cfg)
     kept = {}
-    run.optimize = lambda name, parameters: kept.setdefault(name, [p.grad.clone() for p in parameters]) and 0.0
+    run.optimize = lambda name, parameters, loss: kept.setdefault(name, [p.grad.clone() for p in parameters]) and 0.0
     run.step(cfg.stages[0], 0)
     return kept
 

@@ -1,0 +1,169 @@
+"""Whatever a user's file or a model's answer holds: a value, or one clear ValueError; never another exception."""
+
+import io
+import json
+import types
+
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import grpo
+import refiner as L
+import reward as R
+
+few = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+DEFAULT = yaml.safe_load(open("config.yaml"))
+leaf = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["1e-5", "cps", ""])
+anything = st.recursive(leaf, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3))
+
+
+def value_or_line(function, *args, naming=""):
+    """The value, or None after a ValueError whose message is not empty and names the file"""
+    try:
+        return function(*args)
+    except ValueError as error:
+        assert str(error).strip() and str(naming) in str(error)
+
+
+# ---------------------------------------------------------------- config
+
+
+def paths(values, above=()):
+    """Every key of a nested mapping, as a tuple"""
+    for key, value in values.items():
+        yield (*above, key)
+        if isinstance(value, dict):
+            yield from paths(value, (*above, key))
+
+
+@few
+@given(st.sampled_from(list(paths(DEFAULT))), anything)
+def test_any_value_of_any_key(tmp_path, path, value):
+    """One key of config.yaml holds anything that YAML can hold."""
+    values = yaml.safe_load(yaml.safe_dump(DEFAULT))
+    place = values
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    cfg = value_or_line(grpo.load_config, [str(tmp_path / "c.yaml")], naming="c.yaml")
+    assert cfg is None or isinstance(cfg, grpo.Config)
+
+
+@few
+@given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
+def test_any_bytes_as_config(tmp_path, data):
+    """The whole file is anything."""
+    (tmp_path / "c.yaml").write_bytes(data)
+    value_or_line(grpo.load_config, [str(tmp_path / "c.yaml")], naming="c.yaml")
+
+
+@few
+@given(st.lists(st.text(max_size=12) | st.builds("{}={}".format, st.sampled_from(["seed", "profile", "stages", "rewards.train", "generator.call.x", "a.b"]), st.text(max_size=8)), max_size=3))  # fmt: skip
+def test_any_words(words):
+    """What follows config.yaml on the command line is anything."""
+    value_or_line(grpo.load_config, ["config.yaml", *words])
+
+
+# ---------------------------------------------------------------- files
+
+
+@few
+@given(st.binary(max_size=80) | st.text(max_size=80).map(str.encode))
+def test_any_bytes_as_prompts(tmp_path, data):
+    """Every prompt that comes out is stripped text that the file holds, in its order."""
+    (tmp_path / "p.txt").write_bytes(data)
+    prompts = value_or_line(grpo.read_prompts, tmp_path / "p.txt", naming="p.txt")
+    if prompts is not None:
+        text, at = data.decode(), 0
+        for prompt in prompts:
+            assert prompt and prompt == prompt.strip() and prompt in text[at:]
+            at = text.index(prompt, at) + len(prompt)
+
+
+def picture(mode="RGB", size=(5, 4), kind="PNG", **values):
+    file = io.BytesIO()
+    Image.new(mode, size).save(file, kind, **values)
+    return file.getvalue()
+
+
+@few
+@given(st.lists(st.binary(max_size=20) | st.builds(json.dumps, anything).map(str.encode) | st.just(b'{"image": "good.png", "prompt": "a cat"}'), max_size=3))  # fmt: skip
+def test_any_bytes_as_json_lines(tmp_path, lines):
+    """Good lines are all read; a bad one names the file."""
+    (tmp_path / "good.png").write_bytes(picture())
+    (tmp_path / "p.jsonl").write_bytes(b"\n".join(lines))
+    read = value_or_line(R.read_photos, tmp_path / "p.jsonl", (8, 8), naming=tmp_path)
+    if read is not None:
+        assert len(read[0]) == len(read[1]) > 0 and read[0].shape[1:] == (3, 8, 8)
+
+
+@few
+@given(st.data())
+def test_any_bytes_as_picture(tmp_path, data):
+    """Real files of five kinds, cut off anywhere or with bytes changed: a picture of the right size and range, or one line with its name."""
+    kind = data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF"]))
+    good = bytearray(picture("RGB", (9, 7), kind))
+    for _ in range(data.draw(st.integers(0, 3))):
+        good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
+    (tmp_path / "x.bin").write_bytes(good[: data.draw(st.integers(0, len(good)))])
+    image = value_or_line(R.read_image, tmp_path / "x.bin", (8, 6), naming="x.bin")
+    assert image is None or image.shape == (3, 8, 6) and image.dtype == torch.float32 and 0 <= image.min() and image.max() <= 1
+
+
+def test_odd_pictures(tmp_path):
+    """1x1, 16 bits, CMYK, grey with alpha, palette and animated ones are pictures; bombs, folders and files of nothing are one line."""
+    frames = [Image.new("RGB", (6, 6), c) for c in ("red", "blue")]
+    frames[0].save(tmp_path / "animated", "GIF", save_all=True, append_images=frames[1:])
+    for name, data in {
+        "one": picture(size=(1, 1)), "sixteen": picture("I;16"), "cmyk": picture("CMYK", kind="JPEG"),
+        "alpha": picture("LA"), "palette": picture("P"), "animated": (tmp_path / "animated").read_bytes(),
+    }.items():  # fmt: skip
+        (tmp_path / name).write_bytes(data)
+        image = R.read_image(tmp_path / name, (8, 8))
+        assert image.shape == (3, 8, 8) and 0 <= image.min() and image.max() <= 1
+    white = Image.new("I;16", (4, 4), 65535)
+    white.save(tmp_path / "white", "PNG")
+    grey = Image.new("I;16", (4, 4), 32768)
+    grey.save(tmp_path / "grey", "PNG")
+    assert R.read_image(tmp_path / "white").min() == 1 and R.read_image(tmp_path / "grey").max() == pytest.approx(0.5, abs=0.01)
+    bomb = bytearray(picture("1", (8, 8)))
+    bomb[16:24] = (60000).to_bytes(4, "big") * 2
+    (tmp_path / "bomb").write_bytes(bomb)
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    for name in ("bomb", "empty", "folder", "nowhere"):
+        with pytest.raises(ValueError, match=name):
+            R.read_image(tmp_path / name, (8, 8))
+
+
+# ---------------------------------------------------------------- answers of models
+
+
+@few
+@given(st.lists(st.sampled_from(["<answer>", "</answer>", "<think>", "</think>", " ", "\n", "a cat"]) | st.text(max_size=6), max_size=8))
+def test_any_answer_of_the_refiner(parts):
+    """None, or one line of text that the answer holds, without tags of its own kind around it."""
+    answer = L.read_answer("".join(parts))
+    assert answer is None or answer and answer == " ".join(answer.split()) and "</answer>" not in answer
+
+
+token = st.fixed_dictionaries({"token": st.sampled_from(["real", " Fake", "the", ""]) | leaf, "logprob": leaf})
+
+
+@few
+@given(st.lists(token, max_size=4) | leaf)
+def test_any_answer_of_a_judge(listed):
+    """A probability, or one of the errors after which the question is asked again and, in the end, the run ends with one line."""
+    judge = R.RemoteReward(R.RewardConfig("remote", "m"), url="http://127.0.0.1:1/v1")
+    tops = [types.SimpleNamespace(**t) for t in listed] if isinstance(listed, list) else listed
+    content = [types.SimpleNamespace(top_logprobs=tops)]
+    answer = types.SimpleNamespace(choices=[types.SimpleNamespace(logprobs=types.SimpleNamespace(content=content))])
+    try:
+        assert 0 <= judge.parse(answer) <= 1
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError):  # what `ask` takes for unreadable
+        pass
