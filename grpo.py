@@ -84,6 +84,7 @@ class Config:
     prompts: str = "nano/prompts.txt"
     validation_prompts: str = "nano/validation_prompts.txt"
     test_prompts: str = "nano/test_prompts.txt"
+    photos: str = "nano/photos/train.jsonl"
     validation_photos: str = "nano/photos/validation.jsonl"
     test_photos: str = "nano/photos/test.jsonl"
     autoencode_photos: bool = True
@@ -95,6 +96,7 @@ class Config:
     eval_every: int = 4
     eval_images: int = 4
     keep_within: dict[str, float] = field(default_factory=dict)
+    stop_if_hacked: int = 0
     generator: G.GeneratorConfig = field(default_factory=G.GeneratorConfig)
     refiner: L.RefinerConfig | None = field(default_factory=L.RefinerConfig)
     rewards: R.RewardsConfig = field(default_factory=R.RewardsConfig)
@@ -108,6 +110,10 @@ class Config:
         for name in self.keep_within:
             if name not in self.rewards.train:
                 raise ValueError(f"keep_within.{name}: no training reward; expected {', '.join(self.rewards.train)}")
+            if self.rewards.train[name].update:
+                raise ValueError(f"keep_within.{name}: it learns, so its falls say nothing; expected one that does not")
+        if self.stop_if_hacked < 0 or self.stop_if_hacked and not self.rewards.validation:
+            raise ValueError(f"stop_if_hacked: {self.stop_if_hacked}; expected 0, or looks and rewards.validation")
         if self.generator.sde == "ode" and any(s.train != "refiner" for s in self.stages):
             raise ValueError(
                 "generator.sde: ode explores nothing, so nothing can be learnt from it; expected cps or flow to train the generator"
@@ -252,12 +258,18 @@ class Run:
         self.prompts, self.validation_prompts = read_prompts(cfg.prompts), read_prompts(cfg.validation_prompts)
         for kind in ("train", "validation", "heldout"):  # before the first model loads, which may take minutes
             R.check(getattr(cfg.rewards, kind))
-        photos, _ = R.read_photos(cfg.validation_photos, (cfg.generator.height, cfg.generator.width))
+        size = cfg.generator.height, cfg.generator.width
+        photos, _ = R.read_photos(cfg.validation_photos, size)
+        learning = train and any(r.update for r in cfg.rewards.train.values())
+        learn_from = R.Photographs(cfg.photos, size, self.real) if learning else None
         self.generator = G.Generator(cfg.generator, self.device, dtype, cfg.micro_batch)
         self.refiner = L.Refiner(cfg.refiner, self.device, dtype, cfg.micro_batch) if cfg.refiner else None
         self.rewards = R.load_rewards(cfg.rewards.train, self.device)
         self.validation = R.load_rewards(cfg.rewards.validation, self.device)
         self.weights = {n: r.weight for n, r in cfg.rewards.train.items()}
+        self.learners = {}  # name -> the Learner of a training reward
+        if learning:
+            self.learners = R.load_learners(cfg.rewards.train, self.rewards, learn_from, cfg.seed, cfg.micro_batch)
         self.kid_model = R.ClipReward(R.RewardConfig(model=cfg.rewards.kid), self.device)
         self.photo_features = self.features(self.real(photos))  # (n, D)
         self.seconds = {}
@@ -323,6 +335,9 @@ class Run:
                 row["refiner"] = self.update_refiner(rewrites, scores, stage)
             row["refiner"]["cue_share"] = L.cue_share(rewrites.texts, cfg.refiner.cues)
             row["refiner"]["bad_format"] = rewrites.bad_format.mean().item()
+        if self.learners:
+            with self.phase("update detectors"):
+                row["detectors"] = self.update_detectors(images, owners, scores, iteration)
         return row | {"seconds": dict(self.seconds)}
 
     def next_prompts(self, iteration, P):
@@ -409,6 +424,14 @@ class Run:
                 total["entropy"] += entropy.sum().item() / tokens
             total["grad_norm"] += self.optimize("refiner", llm.parameters()) / len(shares)
         return total
+
+    def update_detectors(self, images, prompts, scores, iteration):
+        """Detectors that this step's pictures fooled learn, to judge the next step -> {name: metrics}
+
+        Not this step: in a group, pictures that a detector has just trained on would stand below those held back.
+        """
+        rows = {n: d.step(images, prompts, scores[n].mean().item(), iteration) for n, d in self.learners.items()}
+        return {n: row for n, row in rows.items() if row}
 
     def shares(self, groups, size):
         """`updates` equal shares of the prompt groups, each in micro-batches of row numbers: [[[row, ...], ...], ...]"""
@@ -551,9 +574,19 @@ def train(cfg):
     log.close(time.perf_counter() - start)
 
 
+def hacked(looks, k):
+    """looks: (mean of the validation detectors, trained reward), oldest first -> True for a policy that games its reward
+
+    At each of the last k looks, the first fell and the second rose. k = 0 never tells.
+    """
+    last = looks[-k - 1 :]
+    return 0 < k < len(last) and all(b[0] < a[0] and b[1] > a[1] for a, b in zip(last, last[1:]))
+
+
 def train_stage(run, log, number, stage, iteration):
     """`steps` steps with a look at the validation prompts every few; ends with the weights of the best look. -> next iteration"""
     first = best = None
+    looks = []
     for step in range(stage.steps + 1):  # the last pass only looks
         row = {"step": iteration, "stage": f"{number} {stage.train}", "seconds": {}}
         if step % run.cfg.eval_every == 0 or step == stage.steps:
@@ -561,17 +594,25 @@ def train_stage(run, log, number, stage, iteration):
             row["seconds"] = dict(run.seconds)
             save_grid(images[:96], log.out / "samples" / f"{iteration:05d}_{stage.train}.png", 16)
             look, score = row["validation"], row["validation"]["score"]
+            looks.append((score + look["kid"], run.combine({n: look[f"train_{n}"] for n in run.weights})))
             first = first or (look, images)
             limits = run.cfg.keep_within.items()
             within = all(look[f"train_{n}"] >= first[0][f"train_{n}"] - fall for n, fall in limits)
             if best is None or within and score > best[0]:
                 best = score, iteration, [t.detach().clone() for t in run.weights_of(stage)], images
-        if step < stage.steps:
+        stop = hacked(looks, run.cfg.stop_if_hacked)
+        if step < stage.steps and not stop:
             looked = row["seconds"]
             row |= run.step(stage, iteration)
             row["seconds"] = row["seconds"] | looked
             iteration += 1
+        if stop:
+            row["hacked"] = True
         log.record(row)
+        if stop:
+            why = f"the trained reward rose and validation detectors fell at {run.cfg.stop_if_hacked} looks in a row"
+            log.bar.write(f"stage {number} ({stage.train}) stops at step {row['step']}: {why}")
+            break
     score, kept, weights, images = best
     with torch.no_grad():
         for tensor, value in zip(run.weights_of(stage), weights):
@@ -624,6 +665,10 @@ def line(row):
     for name in ("generator", "refiner"):
         if name in row:
             text += "".join(f" {k} {v:.3g}" for k, v in row[name].items() if k in ("kl", "grad_norm", "cue_share"))
+    for name, learnt in row.get("detectors", {}).items():
+        text += f" | {name} learnt, {learnt['steps']} steps:" + "".join(
+            f" {key} {learnt[f'{key}_before']:.3f} -> {learnt[f'{key}_after']:.3f}" for key in ("accuracy", "reward")
+        )
     if "validation" in row:
         text += " | " + " ".join(f"{k} {v:.3f}" for k, v in row["validation"].items())
     return text
