@@ -37,6 +37,7 @@ import os
 import pickle
 import sys
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -850,7 +851,7 @@ class Learner:
         """The pictures (B,3,H,W) of a training step and their mean reward -> metrics of an update, or None"""
         rng = np.random.default_rng([self.seed, iteration, *self.name.encode()])
         order, quarter = rng.permutation(len(images)), -(-len(images) // 4)
-        pictures = [(image.clone(), prompts[i]) for i, image in enumerate(as_bytes(images))]
+        pictures = list(zip(as_bytes(images), prompts))
         held, fresh = ([pictures[i] for i in rows] for rows in (order[:quarter], order[quarter:]))
         row = None
         if fresh and iteration % self.cfg.every == 0 and mean > self.cfg.threshold:
@@ -889,49 +890,57 @@ class Learner:
         photos, texts = self.photos.draw(n, rng)
         images = torch.cat([fakes, as_bytes(photos) / 255])  # (n + photographs, 3, H, W), rounded to 8 bits alike
         images = augment(images, torch.Generator().manual_seed(int(rng.integers(2**63))))
-        self.swap()
-        for p in self.weights:
-            p.requires_grad_(True)
-        log_p = self.reward.logits(images, prompts + texts).float().log_softmax(-1)  # (n + photographs, 2) [fake, real]
-        fake, real = log_p[:n].mean(0), log_p[n:].mean(0)  # sides weigh the same
-        loss = -(0.95 * fake[0] + 0.05 * fake[1] + 0.05 * real[0] + 0.95 * real[1]) / 2
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        for p in self.weights:
-            p.requires_grad_(False)
-        self.swap()
+        with self.live_weights():
+            log_p = self.reward.logits(images, prompts + texts).float().log_softmax(-1)  # (n + photos, 2) [fake, real]
+            fake, real = log_p[:n].mean(0), log_p[n:].mean(0)  # (2,) each: the sides weigh the same
+            loss = -(0.95 * fake[0] + 0.05 * fake[1] + 0.05 * real[0] + 0.95 * real[1]) / 2
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+            self.optimizer.step()
         self.steps += 1
         decay = min(self.cfg.ema, self.steps / (self.steps + 9))  # short at first, or the start would linger
         for p, live in zip(self.weights, self.live):
             p.lerp_(live, 1 - decay)
         return loss.item()
 
-    @torch.no_grad()
-    def swap(self):
-        """The detector's weights and `live` change places: contents, never names."""
-        for p, live in zip(self.weights, self.live):
-            kept = p.clone()
-            p.copy_(live)
-            live.copy_(kept)
+    @contextmanager
+    def live_weights(self):
+        """Inside, the detector has the live weights, with gradients; contents change places, names never."""
+
+        def swap():
+            for p, live in zip(self.weights, self.live):
+                kept = p.detach().clone()
+                p.data.copy_(live)
+                live.copy_(kept)
+
+        swap()
+        try:
+            for p in self.weights:
+                p.requires_grad_(True)
+            yield
+        finally:
+            for p in self.weights:
+                p.requires_grad_(False)
+                p.grad = None
+            swap()
 
     def score(self, images, prompts):
         return score({self.name: self.reward}, images, prompts, self.micro_batch)[self.name]  # (B,)
 
     def remember(self, pictures, rng):
         """Reservoir sampling (algorithm R): each picture so far is in the replay with the same probability."""
-        for picture in pictures:
+        for image, prompt in pictures:
             self.seen += 1
             slot = len(self.replay) if len(self.replay) < self.cfg.replay else int(rng.integers(self.seen))
             if slot < self.cfg.replay:
-                self.replay[slot : slot + 1] = [picture]
+                self.replay[slot : slot + 1] = [(image.clone(), prompt)]  # or the whole batch would stay in memory
 
     def state(self):
         """{name: tensor}, all that a checkpoint must hold of it; weights by reference, on their device"""
         prompts = json.dumps([prompt for _, prompt in self.replay]).encode()
         state = {"steps": torch.tensor(self.steps), "seen": torch.tensor(self.seen)}
         state["replay"] = torch.stack([image for image, _ in self.replay]) if self.replay else torch.empty(0)
+        state["bad_photos"] = torch.tensor(sorted(self.photos.bad), dtype=torch.int64)  # their rows
         state["prompts"] = torch.tensor(list(prompts), dtype=torch.uint8)  # UTF-8 of a JSON list
         for i, (p, live) in enumerate(zip(self.weights, self.live)):
             state[f"ema.{i}"], state[f"live.{i}"] = p.detach(), live
@@ -957,6 +966,7 @@ class Learner:
                 adam.setdefault(int(rest.partition(".")[0]), {})[rest.partition(".")[2]] = value.clone()
         self.optimizer.load_state_dict({"state": adam, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.steps, self.seen = int(state["steps"]), int(state["seen"])
+        self.photos.bad.update(state["bad_photos"].tolist())
         prompts = json.loads(bytes(state["prompts"].tolist()))
         self.replay = [(image.cpu().clone(), prompt) for image, prompt in zip(state["replay"], prompts)]
 
