@@ -62,6 +62,9 @@ def finished(cfg):
 
 def measure(args, cfgs):
     """Each look of each run on the test prompts -> writes <run>/looks.json: steps, {metric: (looks, prompts, images)}, kid (looks)"""
+    todo = [cfg for cfg in cfgs.values() if not (Path(cfg.out) / "looks.json").exists()]
+    if not todo:
+        return
     cfg = cfgs["frozen", 0]
     run = grpo.Run(cfg, train=False)
     run.generator.add_lora(cfg.seed)
@@ -70,10 +73,7 @@ def measure(args, cfgs):
     real = run.features(run.real(photos))  # (n, D)
     prompts, M = grpo.read_prompts(cfg.test_prompts), cfg.bench.images
     owners = [p for p in prompts for _ in range(M)]
-    for one in cfgs.values():
-        file = Path(one.out) / "looks.json"
-        if file.exists():
-            continue
+    for one in todo:
         result = {"steps": [r["step"] for r in rows_of(one) if "validation" in r], "scores": {}, "kid": []}
         for look in sorted((Path(one.out) / "looks").iterdir()):
             for name, tensor in load_file(look).items():
@@ -82,6 +82,7 @@ def measure(args, cfgs):
             for name, values in R.score(rewards, images, owners, cfg.micro_batch).items():
                 result["scores"].setdefault(name, []).append(values.view(-1, M).tolist())
             result["kid"].append(R.kid(run.features(images), real))
+        file = Path(one.out) / "looks.json"
         file.write_text(json.dumps(result))
         print(f"wrote {file}", flush=True)
 
