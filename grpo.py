@@ -169,8 +169,8 @@ def build(kind, value, where):
 def merge(base, over):
     """Nested mappings; lists and scalars of `over` replace. A reward set to null is removed."""
     for key, value in over.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            merge(base[key], value)
+        if isinstance(value, dict):  # never the mapping of `over` itself, which a YAML alias may have in two places
+            base[key] = merge(base[key] if isinstance(base.get(key), dict) else {}, value)
         else:
             base[key] = value
     return base
@@ -193,6 +193,7 @@ def load_config(argv):
     for word in words:
         if "=" not in word:
             raise ValueError(f"{word!r}: expected key=value, such as generator.num_steps=4")
+    values = merge({}, values)
     profiles = values.pop("profiles", None) or {}
     for key, value in pairs:
         if key == "profile":

@@ -341,6 +341,8 @@ def test_every_key_of_update_is_in_the_profile_and_read():
     assert not any(r.update for r in default.rewards.train.values())
     assert [n for n, r in v2.rewards.train.items() if r.update] == ["semantic", "feature"]
     off = grpo.load_config(["config.yaml", "profile=v2", "rewards.train.semantic.update=null"])
+    one = grpo.load_config(["config.yaml", "profile=v2", "rewards.train.semantic.update.ema=0.5"])  # an alias is a copy
+    assert [one.rewards.train[n].update.ema for n in ("semantic", "feature")] == [0.5, 0.9]
     assert off.rewards.train["semantic"].update is None and off.rewards.train["feature"].update.ema == 0.9
 
 
