@@ -109,6 +109,7 @@ class Config:
     prompts: str = "nano/prompts.txt"
     validation_prompts: str = "nano/validation_prompts.txt"
     test_prompts: str = "nano/test_prompts.txt"
+    photos: str = "nano/photos/train.jsonl"
     validation_photos: str = "nano/photos/validation.jsonl"
     test_photos: str = "nano/photos/test.jsonl"
     autoencode_photos: bool = True
@@ -123,6 +124,7 @@ class Config:
     keep_within: dict[str, float] = field(default_factory=dict)
     save_every: int = 4
     resume: bool = False
+    stop_if_hacked: int = 0
     generator: G.GeneratorConfig = field(default_factory=G.GeneratorConfig)
     refiner: L.RefinerConfig | None = field(default_factory=L.RefinerConfig)
     rewards: R.RewardsConfig = field(default_factory=R.RewardsConfig)
@@ -139,6 +141,10 @@ class Config:
         for name in self.keep_within:
             if name not in self.rewards.train:
                 raise ValueError(f"keep_within.{name}: no training reward; expected {', '.join(self.rewards.train)}")
+            if self.rewards.train[name].update:
+                raise ValueError(f"keep_within.{name}: it learns, so its falls say nothing; expected one that does not")
+        if self.stop_if_hacked < 0 or self.stop_if_hacked and not self.rewards.validation:
+            raise ValueError(f"stop_if_hacked: {self.stop_if_hacked}; expected 0, or looks and rewards.validation")
         if self.generator.sde == "ode" and any(s.train != "refiner" for s in self.stages):
             raise ValueError(
                 "generator.sde: ode explores nothing, so nothing can be learnt from it; expected cps or flow to train the generator"
@@ -194,8 +200,8 @@ def build(kind, value, where):
 def merge(base, over):
     """Nested mappings; lists and scalars of `over` replace. A reward set to null is removed."""
     for key, value in over.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            merge(base[key], value)
+        if isinstance(value, dict):  # never the mapping of `over` itself, which a YAML alias may have in two places
+            base[key] = merge(base[key] if isinstance(base.get(key), dict) else {}, value)
         else:
             base[key] = value
     return base
@@ -218,6 +224,7 @@ def load_config(argv):
     for word in words:
         if "=" not in word:
             raise ValueError(f"{word!r}: expected key=value, such as generator.num_steps=4")
+    values = merge({}, values)
     profiles = values.pop("profiles", None) or {}
     if not isinstance(profiles, dict) or not all(isinstance(p, dict) for p in profiles.values()):
         raise ValueError(f"{path}: profiles: {profiles!r}; expected a mapping of names to mappings of keys")
@@ -374,7 +381,10 @@ class Run:
         self.prompts, self.validation_prompts = read_prompts(cfg.prompts), read_prompts(cfg.validation_prompts)
         for kind in ("train", "validation", "heldout"):  # before the first model loads, which may take minutes
             R.check(getattr(cfg.rewards, kind))
-        photos, _ = R.read_photos(cfg.validation_photos, (cfg.generator.height, cfg.generator.width))
+        size = cfg.generator.height, cfg.generator.width
+        photos, _ = R.read_photos(cfg.validation_photos, size)
+        learning = train and any(r.update for r in cfg.rewards.train.values())
+        learn_from = R.Photographs(cfg.photos, size, self.real) if learning else None
         fsdp = cfg.fsdp and world()[1] > 1
         if fsdp:
             check_equal_work(cfg, len(self.validation_prompts))
@@ -384,6 +394,9 @@ class Run:
         self.rewards = R.load_rewards(cfg.rewards.train, home)
         self.validation = R.load_rewards(cfg.rewards.validation, home)
         self.weights = {n: r.weight for n, r in cfg.rewards.train.items()}
+        self.learners = {}  # name -> the Learner of a training reward
+        if learning:
+            self.learners = R.load_learners(cfg.rewards.train, self.rewards, learn_from, cfg.seed, cfg.micro_batch)
         self.kid_model = R.ClipReward(R.RewardConfig(model=cfg.rewards.kid), self.device)
         self.photo_features = self.features(self.real(photos))  # (n, D)
         self.seconds, self.skipped, self.halved = {}, 0, False
@@ -461,6 +474,10 @@ class Run:
             means = {"cue_share": L.cue_share(rewrites.texts, cfg.refiner.cues)}
             means["bad_format"] = rewrites.bad_format.mean().item()
             row["refiner"] |= sum_metrics({n: value * len(mine) / P for n, value in means.items()})
+        if self.learners:
+            with self.phase("update detectors"):
+                whole = [p for p in self.next_prompts(iteration, P) for _ in range(N * M)]  # of all ranks, as scores
+                row["detectors"] = self.update_detectors(gather(images, mine, P), whole, scores, iteration)
         return row | {"skipped": self.skipped, "seconds": dict(self.seconds)}
 
     def next_prompts(self, iteration, P):
@@ -549,6 +566,14 @@ class Run:
                 total["entropy"] += entropy.sum().item() / tokens
             norm += self.optimize("refiner", llm.parameters(), total["loss"]) / len(shares)
         return sum_metrics(total) | {"grad_norm": norm}
+
+    def update_detectors(self, images, prompts, scores, iteration):
+        """Detectors that this step's pictures fooled learn, to judge the next step -> {name: metrics}
+
+        Not this step: in a group, pictures that a detector has just trained on would stand below those held back.
+        """
+        rows = {n: d.step(images, prompts, scores[n].mean().item(), iteration) for n, d in self.learners.items()}
+        return {n: row for n, row in rows.items() if row}
 
     def shares(self, groups, size, mine, alive=None):
         """`updates` equal shares of the prompt groups -> [(its prompts, this rank's rows of them in micro-batches), ...]
@@ -640,6 +665,8 @@ class Run:
         for name, optimizer in self.optimizers.items():
             for i, moments in optimizer.state_dict()["state"].items():
                 tensors |= {f"adamw.{name}.{i}.{n}": t for n, t in moments.items()}
+        for name, learner in self.learners.items():
+            tensors |= {f"detector.{name}.{n}": t for n, t in learner.state().items()}
         return tensors, {"micro_batch": self.cfg.micro_batch, "halved": self.halved}
 
     @torch.no_grad()
@@ -658,6 +685,9 @@ class Run:
                     i, moment = key.split(".")[2:]
                     moments.setdefault(int(i), {})[moment] = tensors[key]
             optimizer.load_state_dict(packed | {"state": moments})
+        for name, learner in self.learners.items():
+            prefix = f"detector.{name}."
+            learner.load_state({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
         self.halved = rest["halved"]
         self.set_micro_batch(min(self.cfg.micro_batch, rest["micro_batch"]))
 
@@ -795,6 +825,21 @@ def train(cfg):
         dist.destroy_process_group()
 
 
+def hacked(looks, k):
+    """looks: (mean of the validation detectors, trained reward), oldest first -> True for a policy that games its reward
+
+    At each of the last k looks, the first fell and the second rose. k = 0 never tells.
+    """
+    last = looks[-k - 1 :]
+    return 0 < k < len(last) and all(b[0] < a[0] and b[1] > a[1] for a, b in zip(last, last[1:]))
+
+
+def looks_of(run, log, row):
+    """The looks of this stage so far, that of `row` included -> [(mean of the validation detectors, trained reward)]"""
+    looks = [r["validation"] for r in [*log.rows, row] if "validation" in r and r["stage"] == row["stage"]]
+    return [(v["score"] + v["kid"], run.combine({n: v[f"train_{n}"] for n in run.weights})) for v in looks]
+
+
 def train_stage(run, log, progress, stop):
     """`steps` steps with a look at the validation prompts every few; ends with the weights of the best look. -> where the next stage starts"""
     number, iteration, first, best = progress.stage, progress.iteration, progress.first, progress.best
@@ -813,17 +858,24 @@ def train_stage(run, log, progress, stop):
             within = all(look[f"train_{n}"] >= first[0][f"train_{n}"] - fall for n, fall in limits)
             if best is None or within and score > best[0]:
                 best = score, iteration, [t.detach().clone() for t in run.weights_of(stage)], images
-        if step < stage.steps:
+        gamed = "validation" in row and hacked(looks_of(run, log, row), run.cfg.stop_if_hacked)
+        if step < stage.steps and not gamed:
             looked = row["seconds"]
             row |= run.within_memory(run.step, stage, iteration)
             row["seconds"] = row["seconds"] | looked
             iteration += 1
+        if gamed:
+            row["hacked"] = True
         log.record(row)
         check_finite(log.rows)
         stop.agree(all_sum(torch.tensor([float(bool(stop.number))])).item())
         if stop.number or iteration % run.cfg.save_every == 0 and step < stage.steps:
             save_checkpoint(run, Progress(number, step + 1, iteration, first, best), len(log.rows))
         stop.now(log.out)
+        if gamed:
+            why = f"the trained reward rose and validation detectors fell at {run.cfg.stop_if_hacked} looks in a row"
+            log.bar.write(f"stage {number} ({stage.train}) stops at step {row['step']}: {why}")
+            break
     score, kept, weights, images = best
     with torch.no_grad():
         for tensor, value in zip(run.weights_of(stage), weights):
@@ -965,6 +1017,10 @@ def line(row):
             text += "".join(f" {k} {v:.3g}" for k, v in row[name].items() if k in ("kl", "grad_norm", "cue_share"))
     if row.get("skipped"):
         text += " not finite: update left out"
+    for name, learnt in row.get("detectors", {}).items():
+        text += f" | {name} learnt, {learnt['steps']} steps:" + "".join(
+            f" {key} {learnt[f'{key}_before']:.3f} -> {learnt[f'{key}_after']:.3f}" for key in ("accuracy", "reward")
+        )
     if "validation" in row:
         text += " | " + " ".join(f"{k} {v:.3f}" for k, v in row["validation"].items())
     return text

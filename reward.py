@@ -21,6 +21,8 @@ Size and codec: photographs come as JPEG and drawn pictures do not, so what the 
 apart, or be imitated. With `jpeg: 90` in its args a detector sees every picture after a JPEG round trip of that
 quality. It is off unless asked for: the nano photographs pass through the generator's autoencoder instead
 (`autoencode_photos`), and encoding costs CPU time. Photographs get the generator's size from `read_photos`.
+
+A detector with an `update` in its config learns while it is the reward (RealGen-V2): see Learner.
 """
 
 import argparse
@@ -36,6 +38,7 @@ import pickle
 import sys
 import traceback
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,13 +57,41 @@ REAL_LABELS = ("real", "photo", "photograph", "human", "natural", "authentic")
 
 
 @dataclass
+class UpdateConfig:
+    """When a detector learns, and how; `profiles.v2` of config.yaml says each key's unit and reason."""
+
+    threshold: float = 0.6
+    accuracy: float = 0.9
+    max_steps: int = 20
+    lr: float = 4e-5
+    batch_size: int = 32
+    replay: int = 512
+    ema: float = 0.99
+    every: int = 1
+
+    def __post_init__(self):
+        for name, good, expected in (
+            ("accuracy", 0 < self.accuracy <= 1, "a share in (0, 1]"),
+            ("max_steps", self.max_steps >= 1, "1 or more"),
+            ("lr", self.lr > 0, "a number above 0"),
+            ("batch_size", self.batch_size >= 1, "1 or more"),
+            ("replay", self.replay >= 0, "0 or more"),
+            ("ema", 0 <= self.ema < 1, "a decay in [0, 1)"),
+            ("every", self.every >= 1, "1 or more"),
+        ):
+            if not good:
+                raise ValueError(f"update.{name}: {getattr(self, name)}; expected {expected}")
+
+
+@dataclass
 class RewardConfig:
-    """One reward of the mapping name -> {kind, model, weight, args}; see config.yaml."""
+    """One reward of the mapping name -> {kind, model, weight, args, update}; see config.yaml."""
 
     kind: str = "classifier"
     model: str = ""
     weight: float = 1.0
     args: dict[str, Any] = field(default_factory=dict)
+    update: UpdateConfig | None = None
 
 
 @dataclass
@@ -72,6 +103,11 @@ class RewardsConfig:
     heldout: dict[str, RewardConfig] = field(default_factory=dict)
     kid: str = "nano/clip"
     kid_layer: int | None = 1
+
+    def __post_init__(self):
+        for name, cfg in (self.validation | self.heldout).items():
+            if cfg.update:
+                raise ValueError(f"rewards: {name}: update, but what selects or reports must not learn; expected null")
 
 
 # ---------------------------------------------------------------- pure maths
@@ -174,9 +210,10 @@ class ClassifierReward:
     """P(real) by any AutoModelForImageClassification; labels are found by their names, never by position.
 
     real: labels that mean real, in any case; all others mean fake. jpeg: quality of a round trip, 0 for none.
+    learn: parts of the names of the weights that an `update` trains; all of them if not given.
     """
 
-    def __init__(self, cfg, device="cpu", *, real: tuple = REAL_LABELS, jpeg: int = 0):
+    def __init__(self, cfg, device="cpu", *, real: tuple = REAL_LABELS, jpeg: int = 0, learn: tuple = ("",)):
         from transformers import AutoModelForImageClassification
 
         self.model = frozen(from_pretrained(AutoModelForImageClassification, cfg.model, dtype=torch.float32), device)
@@ -188,10 +225,10 @@ class ClassifierReward:
                 f"{cfg.model}: no label of {list(labels.values())} means {'real' if self.fake else 'fake'}; "
                 f"expected one of {', '.join(real)}, and another one; args.real names other labels"
             )
-        self.preprocess, self.jpeg = Preprocess(cfg.model), jpeg
+        self.preprocess, self.jpeg, self.learn = Preprocess(cfg.model), jpeg, learn
 
     def trainable(self):
-        return list(self.model.parameters())
+        return [p for name, p in self.model.named_parameters() if any(part in name for part in self.learn)]
 
     def logits(self, images, prompts=None):
         pixels = self.preprocess(as_file(images.to(self.model.device), self.jpeg))
@@ -604,6 +641,8 @@ def check(configs):
             raise ValueError(f"rewards: {name}: kind {cfg.kind!r}; expected {known} or path/to/file.py:function")
         if colon:
             continue
+        if cfg.update and not hasattr(KINDS[path], "trainable"):
+            raise ValueError(f"rewards: {name}: {cfg.kind} cannot learn; expected update: null, or classifier, omniaid")
         if not cfg.model:
             raise ValueError(f"rewards: {name}: no model; expected a folder or a repository of the Hub")
         saved = path in ("classifier", "clip", "vlm")  # by save_pretrained
@@ -746,6 +785,243 @@ def read_photos(path, size):
     if not rows:
         raise ValueError(f'{path} has no line in it; expected JSON lines {{"image": path, "prompt": text}}')
     return torch.stack([read_image(path.parent / r["image"], size) for r in rows]), [r["prompt"] for r in rows]
+
+
+# ---------------------------------------------------------------- the detector that learns
+
+HELD_BACK = 8  # each eighth photograph never trains: it tells when a detector has learnt enough
+
+
+class Photographs:
+    """What learning detectors know as real: JSON lines {"image", "prompt"}, paths relative to the file, or a folder.
+
+    Names alone are in memory; a picture is read when it is drawn, at `size` (height, width). One that cannot be read is
+    named once, counted in `bad` and skipped. prepare: (n,3,H,W) -> the same, such as the generator's autoencoder.
+    """
+
+    def __init__(self, path, size, prepare=lambda images: images):
+        self.path, self.size, self.prepare, self.bad = Path(path), size, prepare, set()
+        if self.path.is_dir():
+            known = Image.registered_extensions()
+            self.rows = [(p, "") for p in sorted(self.path.rglob("*")) if p.suffix.lower() in known]
+        elif self.path.is_file():
+            lines = self.path.read_text().splitlines()
+            self.rows = [self.parse(line, n) for n, line in enumerate(lines, 1) if line.strip()]
+        else:
+            raise ValueError(f'photos: {path} is neither JSON lines {{"image": path, "prompt": text}} nor a folder')
+        if len(self.rows) < HELD_BACK:
+            raise ValueError(f"photos: {path} names {len(self.rows)} photographs; expected {HELD_BACK} or more")
+
+    def parse(self, line, number):
+        try:
+            row = json.loads(line)
+            return self.path.parent / row["image"], str(row.get("prompt", ""))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f'{self.path}, line {number}: expected {{"image": path, "prompt": text}}') from error
+
+    def draw(self, n, rng, held_back=False):
+        """n photographs at random, or all where there are fewer, from those held back or from the others
+
+        -> images (n,3,H,W) f32 in [0,1], n prompts
+        """
+        images, prompts = [], []
+        for i in rng.permutation(len(self.rows)).tolist():  # of all, so that what is drawn depends on the rng alone
+            if len(images) == n:
+                break
+            if i in self.bad or (i % HELD_BACK == HELD_BACK - 1) != held_back:
+                continue
+            path, prompt = self.rows[i]
+            try:
+                images.append(read_image(path, self.size))
+                prompts.append(prompt)
+            except ValueError as error:
+                self.bad.add(i)
+                warnings.warn(f"{error}; skipped, as {len(self.bad)} of {len(self.rows)} photographs so far")
+        if not images:
+            raise ValueError(f"photos: {self.path} has no picture that can be read; expected photographs")
+        return self.prepare(torch.stack(images)), prompts
+
+
+def as_bytes(images):
+    """(B,3,H,W) in [0,1] -> uint8 on the CPU"""
+    return (images.detach().float().clamp(0, 1) * 255).round().byte().cpu()
+
+
+def augment(images, g):
+    """(B,3,H,W) in [0,1] -> the same, each picture flipped, blurred, recoloured (half of them each) and slightly noised
+
+    For photographs and pictures alike, so that none of it tells them apart. g: torch.Generator on the CPU.
+    """
+    n, half = len(images), lambda: torch.rand(n, 1, 1, 1, generator=g) < 0.5
+    images = torch.where(half(), images.flip(3), images)
+    kernel = torch.tensor([1.0, 2.0, 1.0]) / 4
+    padded = F.pad(images.flatten(0, 1)[:, None], (1, 1, 1, 1), "replicate")  # (3B, 1, H+2, W+2)
+    blurred = F.conv2d(padded, kernel.outer(kernel)[None, None]).view_as(images)
+    images = images.lerp(blurred, half() * torch.rand(n, 1, 1, 1, generator=g))
+    jitter = half() * (torch.rand(3, n, 1, 1, 1, generator=g) - 0.5) * 0.4  # +-0.2 of brightness, contrast, saturation
+    images = images * (1 + jitter[0])
+    images = images.lerp(images.mean((1, 2, 3), keepdim=True), -jitter[1])
+    images = images.lerp(images.mean(1, keepdim=True), -jitter[2])
+    noise = torch.randn(images.shape, generator=g) * torch.rand(n, 1, 1, 1, generator=g) * 0.02  # std up to 5 of 255
+    return (images + noise).clamp(0, 1)
+
+
+class Learner:
+    """Lets a detector learn while it is the reward (RealGen-V2), so that what once fooled it stops paying.
+
+    After a training step whose pictures have a mean reward above `threshold`, the detector trains on batches of
+    `batch_size` photographs and as many pictures, half of them from a reservoir of earlier steps: cross entropy with
+    targets 0.95 and 0.05. It stops at `accuracy` on pictures and photographs that are held back, or at `max_steps`.
+
+    The detector's own weights are an EMA, which scores and whose accuracy counts; `live` are the weights that AdamW
+    moves. Everything random follows from (seed, iteration, name), so ranks that are given the same pictures agree.
+    """
+
+    def __init__(self, name, reward, cfg, photos, seed=0, micro_batch=64):
+        if not hasattr(reward, "trainable") or not hasattr(reward, "logits"):
+            raise ValueError(f"rewards: {name}: update needs its logits() and trainable(); expected both, or null")
+        self.name, self.reward, self.cfg, self.photos = name, reward, cfg, photos
+        self.seed, self.micro_batch = seed, micro_batch
+        self.weights = reward.trainable()
+        if not self.weights:
+            raise ValueError(f"rewards: {name}: args.learn matches no weight; expected parts of their names")
+        self.live = [p.detach().clone() for p in self.weights]
+        self.optimizer = torch.optim.AdamW(self.weights, lr=cfg.lr)
+        self.replay, self.seen, self.steps = [], 0, 0  # [(picture (3,H,W) uint8, prompt)], pictures and steps so far
+
+    def step(self, images, prompts, mean, iteration):
+        """The pictures (B,3,H,W) of a training step and their mean reward -> metrics of an update, or None"""
+        rng = np.random.default_rng([self.seed, iteration, *self.name.encode()])
+        order, quarter = rng.permutation(len(images)), -(-len(images) // 4)
+        pictures = list(zip(as_bytes(images), prompts))
+        held, fresh = ([pictures[i] for i in rows] for rows in (order[:quarter], order[quarter:]))
+        row = None
+        if fresh and iteration % self.cfg.every == 0 and mean > self.cfg.threshold:
+            row = self.learn(fresh, held, rng)
+            row |= {"reward_before": mean, "reward_after": self.score(images, prompts).mean().item()}
+        self.remember(fresh, rng)
+        return row
+
+    def learn(self, fresh, held, rng):
+        """Training steps until the accuracy on what is held back is reached -> {steps, loss, accuracies, bad_photos}"""
+        images, prompts = stack(held)
+        photos, texts = self.photos.draw(len(held), rng, held_back=True)
+
+        def accuracy():  # a share, photographs and pictures weigh the same
+            fakes, reals = self.score(images, prompts) < 0.5, self.score(photos, texts) >= 0.5
+            return (fakes.float().mean() + reals.float().mean()).item() / 2
+
+        reached, losses = [accuracy()], []
+        while reached[-1] < self.cfg.accuracy and len(losses) < self.cfg.max_steps:
+            losses.append(self.train_step(fresh, rng))
+            reached.append(accuracy())
+        return {
+            "steps": len(losses),
+            "loss": losses[-1] if losses else 0.0,
+            "accuracy_before": reached[0],
+            "accuracy_after": reached[-1],
+            "bad_photos": len(self.photos.bad),
+        }
+
+    def train_step(self, fresh, rng):
+        """One AdamW step of the live weights, one EMA step of the detector's -> loss, nats per picture"""
+        n, old = self.cfg.batch_size, min(self.cfg.batch_size // 2, len(self.replay))
+        chosen = [fresh[i] for i in rng.integers(len(fresh), size=n - old)]
+        chosen += [self.replay[i] for i in rng.integers(len(self.replay), size=old)] if old else []
+        fakes, prompts = stack(chosen)
+        photos, texts = self.photos.draw(n, rng)
+        images = torch.cat([fakes, as_bytes(photos) / 255])  # (n + photographs, 3, H, W), rounded to 8 bits alike
+        images = augment(images, torch.Generator().manual_seed(int(rng.integers(2**63))))
+        with self.live_weights():
+            log_p = self.reward.logits(images, prompts + texts).float().log_softmax(-1)  # (n + photos, 2) [fake, real]
+            fake, real = log_p[:n].mean(0), log_p[n:].mean(0)  # (2,) each: the sides weigh the same
+            loss = -(0.95 * fake[0] + 0.05 * fake[1] + 0.05 * real[0] + 0.95 * real[1]) / 2
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+            self.optimizer.step()
+        self.steps += 1
+        decay = min(self.cfg.ema, self.steps / (self.steps + 9))  # short at first, or the start would linger
+        for p, live in zip(self.weights, self.live):
+            p.lerp_(live, 1 - decay)
+        return loss.item()
+
+    @contextmanager
+    def live_weights(self):
+        """Inside, the detector has the live weights, with gradients; contents change places, names never."""
+
+        def swap():
+            for p, live in zip(self.weights, self.live):
+                kept = p.detach().clone()
+                p.data.copy_(live)
+                live.copy_(kept)
+
+        swap()
+        try:
+            for p in self.weights:
+                p.requires_grad_(True)
+            yield
+        finally:
+            for p in self.weights:
+                p.requires_grad_(False)
+                p.grad = None
+            swap()
+
+    def score(self, images, prompts):
+        return score({self.name: self.reward}, images, prompts, self.micro_batch)[self.name]  # (B,)
+
+    def remember(self, pictures, rng):
+        """Reservoir sampling (algorithm R): each picture so far is in the replay with the same probability."""
+        for image, prompt in pictures:
+            self.seen += 1
+            slot = len(self.replay) if len(self.replay) < self.cfg.replay else int(rng.integers(self.seen))
+            if slot < self.cfg.replay:
+                self.replay[slot : slot + 1] = [(image.clone(), prompt)]  # or the whole batch would stay in memory
+
+    def state(self):
+        """{name: tensor}, all that a checkpoint must hold of it; weights by reference, on their device"""
+        prompts = json.dumps([prompt for _, prompt in self.replay]).encode()
+        state = {"steps": torch.tensor(self.steps), "seen": torch.tensor(self.seen)}
+        state["replay"] = torch.stack([image for image, _ in self.replay]) if self.replay else torch.empty(0)
+        state["bad_photos"] = torch.tensor(sorted(self.photos.bad), dtype=torch.int64)  # their rows
+        state["prompts"] = torch.tensor(list(prompts), dtype=torch.uint8)  # UTF-8 of a JSON list
+        for i, (p, live) in enumerate(zip(self.weights, self.live)):
+            state[f"ema.{i}"], state[f"live.{i}"] = p.detach(), live
+        for i, values in self.optimizer.state_dict()["state"].items():
+            state |= {f"adam.{i}.{key}": value for key, value in values.items()}
+        return state
+
+    @torch.no_grad()
+    def load_state(self, state):
+        """What `state` returned, from a Learner of the same detector; anything else is a ValueError."""
+        expected = {f"{kind}.{i}": p.shape for i, p in enumerate(self.weights) for kind in ("ema", "live")}
+        for key, shape in expected.items():
+            if key not in state or state[key].shape != shape:
+                what = f"the saved detector has no {key} of shape {tuple(shape)}"
+                raise ValueError(f"rewards: {self.name}: {what}; expected one of the same model and args.learn")
+        for i, (p, live) in enumerate(zip(self.weights, self.live)):
+            p.copy_(state[f"ema.{i}"])
+            live.copy_(state[f"live.{i}"])
+        adam = {}
+        for key, value in state.items():
+            kind, _, rest = key.partition(".")
+            if kind == "adam":
+                adam.setdefault(int(rest.partition(".")[0]), {})[rest.partition(".")[2]] = value.clone()
+        self.optimizer.load_state_dict({"state": adam, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.steps, self.seen = int(state["steps"]), int(state["seen"])
+        self.photos.bad.update(state["bad_photos"].tolist())
+        prompts = json.loads(bytes(state["prompts"].tolist()))
+        self.replay = [(image.cpu().clone(), prompt) for image, prompt in zip(state["replay"], prompts)]
+
+
+def stack(pictures):
+    """[(picture (3,H,W) uint8, prompt)] -> images (n,3,H,W) f32 in [0,1], n prompts"""
+    return torch.stack([image for image, _ in pictures]) / 255, [prompt for _, prompt in pictures]
+
+
+def load_learners(configs, rewards, photos, seed=0, micro_batch=64):
+    """{name: RewardConfig}, {name: reward}, Photographs -> {name: Learner} of those whose `update` is not null"""
+    learning = {name: cfg.update for name, cfg in configs.items() if cfg.update}
+    return {name: Learner(name, rewards[name], update, photos, seed, micro_batch) for name, update in learning.items()}
 
 
 # ---------------------------------------------------------------- main
