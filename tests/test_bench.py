@@ -507,7 +507,7 @@ def test_selftest_tells_a_measure_that_works_from_one_that_does_not(tmp_path):
     def calm(images, prompts):  # 1 for a flat picture, lower with noise
         return 1 / (1 + 20 * (images[..., 1:] - images[..., :-1]).abs().mean((1, 2, 3)))
 
-    run = SimpleNamespace(device="cpu")
+    run = SimpleNamespace(device="cpu", score=R.score)
     j = bench.Judge(cfg.bench.judge, tmp_path, {}, "cpu")
     contestant = bench.Contestant([[f] for f in files], texts[:12])
     result = bench.selftest(run, cfg, j, contestant, {"calm": calm}, tmp_path)
