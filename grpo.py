@@ -22,6 +22,7 @@ import difflib
 import json
 import platform
 import resource
+import shutil
 import sys
 import time
 import types
@@ -672,7 +673,7 @@ def train_stage(run, log, progress, stop):
         check_finite(log.rows)
         if stop.number or iteration % run.cfg.save_every == 0 and step < stage.steps:
             save_checkpoint(run, Progress(number, step + 1, iteration, first, best), len(log.rows))
-        stop.now(log.out)
+            stop.now(log.out)
     score, kept, weights, images = best
     with torch.no_grad():
         for tensor, value in zip(run.weights_of(stage), weights):
@@ -723,7 +724,8 @@ def load_checkpoint(run):
             print(f"resume: {error}; falls back to the one before")
             continue
         run.restore(tensors, state["run"])
-        for bad in unusable:
+        for bad in unusable:  # kept for the user to look at, but no longer the newest
+            shutil.rmtree(bad.with_suffix(".unreadable"), ignore_errors=True)
             bad.rename(bad.with_suffix(".unreadable"))
         print(f"resume: goes on from {path}")
         return unpack(tensors, state), rows
