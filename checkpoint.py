@@ -47,14 +47,13 @@ class Unreadable(ValueError):
 
 @contextmanager
 def naming(path):
-    """An OSError inside that names no file, such as a full disk, names `path`."""
+    """What cannot be written inside, on a full disk say, is a ValueError that names `path`, unless the OSError names its own."""
     try:
         yield
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "filename", None):
+            raise
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def fsync(path):
@@ -73,7 +72,7 @@ def complete(out):
 
 
 def write(out, step, tensors, state):
-    """{name: tensor} and a JSON-able dict -> <out>/checkpoint/<step>. OSError, which names it; older ones are then still there."""
+    """{name: tensor} and a JSON-able dict -> <out>/checkpoint/<step>. ValueError or OSError where it cannot; older ones are then still there."""
     folder = Path(out, "checkpoint")
     final, temporary = folder / f"{step:06d}", folder / ".writing"
     shutil.rmtree(temporary, ignore_errors=True)

@@ -24,6 +24,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import sys
 import time
 import types
@@ -871,7 +872,7 @@ def train_stage(run, log, progress, stop):
         stop.agree(all_sum(torch.tensor([float(bool(stop.number))])).item())
         if stop.number or iteration % run.cfg.save_every == 0 and step < stage.steps:
             save_checkpoint(run, Progress(number, step + 1, iteration, first, best), len(log.rows))
-        stop.now(log.out)
+            stop.now(log.out)
         if gamed:
             why = f"the trained reward rose and validation detectors fell at {run.cfg.stop_if_hacked} looks in a row"
             log.bar.write(f"stage {number} ({stage.train}) stops at step {row['step']}: {why}")
@@ -928,6 +929,7 @@ def load_checkpoint(run):
         run.restore(tensors, state["run"])
         all_sum(torch.zeros(1))  # all ranks have read
         for bad in unusable if is_main() else ():
+            shutil.rmtree(bad.with_suffix(".unreadable"), ignore_errors=True)
             bad.rename(bad.with_suffix(".unreadable"))
         print(f"resume: goes on from {path}")
         return unpack(tensors, state), rows

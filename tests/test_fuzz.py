@@ -14,9 +14,10 @@ from PIL import Image
 import grpo
 import refiner as L
 import reward as R
+from conftest import ROOT
 
-few = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-DEFAULT = yaml.safe_load(open("config.yaml"))
+few = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+DEFAULT = yaml.safe_load((ROOT / "config.yaml").read_text())
 leaf = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["1e-5", "cps", ""])
 anything = st.recursive(leaf, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3))
 

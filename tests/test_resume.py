@@ -126,9 +126,9 @@ def test_killed_anywhere_and_resumed_is_never_killed(written, tmp_path):
         assert spawn(path, ["resume=true"], nth, ("os.rename",)) == -signal.SIGKILL
     assert spawn(path, ["resume=true"], 12, number=signal.SIGTERM) == 143
     assert spawn(path, ["resume=true"], 12, number=signal.SIGINT) == 0
-    nths = np.random.default_rng(0).integers(8, 70, 7).tolist()
+    nths = np.random.default_rng(0).integers(8, 32, 7).tolist()
     codes = [spawn(path, ["resume=true"], nth) for nth in nths]
-    assert codes.count(-signal.SIGKILL) >= 6 and set(codes) <= {0, -signal.SIGKILL}
+    assert codes == [-signal.SIGKILL] * 7
     assert spawn(path, ["resume=true"]) == 0 and not (tmp_path / "out" / C.LOCK).exists()
     assert_same(result(tmp_path / "out"), result(tmp_path / "whole" / "out"))
     assert len(result(tmp_path / "out")[0]) == 8
@@ -182,7 +182,8 @@ def test_a_spoiled_checkpoint_falls_back_to_the_one_before(written, tmp_path, ca
         elif spoil == "foreign":
             (folder / "state.json").write_text('{"step": 2}')
         else:
-            os.truncate(out / "metrics.jsonl", 900 if folder == last else 10)
+            rows = (out / "metrics.jsonl").read_text().splitlines(True)
+            (out / "metrics.jsonl").write_text(rows[0] + rows[1][:9] if folder == last else "")
 
     harm(last)
     grpo.train(load(path, "resume=true"))
@@ -202,7 +203,7 @@ def test_what_a_resume_may_change(written, tmp_path):
     for word, message in [
         ("generator.lr=5e-3", "resume: generator.lr is 0.005, but .*000002 was written with 0.001; set it back, or train anew"),
         ("seed=1", "resume: seed is 1"),
-        ("refiner=null", "resume: refiner is None"),
+        ("weight_decay=0.5", "resume: weight_decay is 0.5"),
     ]:
         with pytest.raises(ValueError, match=message):
             grpo.train(load(path, "resume=true", word))
@@ -260,8 +261,8 @@ class Full:
         return getattr(self.file, name)
 
 
-@pytest.mark.parametrize("where,kept", [("checkpoint/000002", 1), ("metrics.jsonl", 1)])
-def test_a_full_disk_is_one_line(written, tmp_path, monkeypatch, where, kept):
+@pytest.mark.parametrize("where", ["checkpoint/000002", "metrics.jsonl"])
+def test_a_full_disk_is_one_line(written, tmp_path, monkeypatch, where):
     """It names the file and the checkpoint that was kept; with room again the run goes on from there to the same end."""
     path, whole = two_steps(written, tmp_path)
     before = result(whole)
@@ -283,7 +284,7 @@ def test_a_full_disk_is_one_line(written, tmp_path, monkeypatch, where, kept):
             patch.setattr(grpo.Log, "__init__", full_metrics)
         else:
             patch.setattr(C, "save_file", save_file)
-        message = f"(No space left on device.*)?out/{where}.*; the last good checkpoint is .*checkpoint/00000{kept}; resume=true"
+        message = f"out/{where}: .*No space left on device.*; the last good checkpoint is .*checkpoint/000001; resume=true"
         with pytest.raises(ValueError, match=message):
             grpo.train(load(path))
     assert [p.name for p in (tmp_path / "out/checkpoint").iterdir()].count(".writing") == 0
@@ -320,19 +321,18 @@ def test_a_step_that_is_not_finite_is_left_out(written, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "body,message",
     [
-        ("{}['no']", r"mine.py:11: KeyError: 'no'"),
-        ("torch.zeros(2) @ torch.zeros(3)", r"mine.py:11: RuntimeError: .*"),
-        ("open('nowhere')", r"mine.py:11: FileNotFoundError: .*"),
+        ("{}['no']", "KeyError: 'no'"),
+        ("torch.zeros(2) @ torch.zeros(3)", "RuntimeError: inconsistent"),
+        ("open('nowhere')", "FileNotFoundError: "),
     ],
 )
-def test_an_exception_in_a_reward_names_reward_and_line(written, tmp_path, body, message):
+def test_an_exception_in_a_reward_names_reward_and_line(tmp_path, body, message):
     """Whatever it raises, where the user wrote it; a wrong signature and a file that cannot be imported name the file too."""
     config = R.RewardConfig(kind=str(tmp_path / "mine.py") + ":bad")
-    written()
     (tmp_path / "mine.py").write_text(REWARDS + f"\ndef bad(images, prompts):\n    return {body}\n")
     rewards = R.load_rewards({"odd": config})
     line = len(REWARDS.splitlines()) + 3
-    with pytest.raises(ValueError, match="rewards: odd: .*" + message.replace("11", str(line))):
+    with pytest.raises(ValueError, match=f"rewards: odd: .*mine.py:{line}: {message}"):
         R.score(rewards, torch.zeros(1, 3, 4, 4), ["a"])
     (tmp_path / "mine.py").write_text("def bad(images):\n    return images\n")
     with pytest.raises(ValueError, match="rewards: odd: .*mine.py: TypeError: bad"):
