@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 FORMAT = "nanoRealGen checkpoint 1"
 KEEP = 2
@@ -101,7 +101,7 @@ def read(path):
         state = json.loads((path / "state.json").read_text())
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise ValueError(f"state.json does not say {FORMAT!r}")
-        return load_file(path / "tensors.safetensors"), state
+        return load((path / "tensors.safetensors").read_bytes()), state  # not mapped: the file may go
     except (OSError, ValueError, SafetensorError) as error:
         raise Unreadable(f"{path} cannot be read ({' '.join(str(error).split())[:200]})") from error
 

@@ -513,12 +513,13 @@ def main(words):
     import refiner as L
 
     prompts = [w for w in words[1:] if not re.match(r"[\w.]+=", w)]
-    cfg = grpo.load_config([w for w in words if w not in prompts])
+    refine = "refiner=null" not in words  # here it only means: draw the words as they are; stages may still need a refiner
+    cfg = grpo.load_config([w for w in words if w not in prompts and w != "refiner=null"])
     if not prompts:
         raise ValueError('no prompt; expected python generator.py config.yaml "a prompt" ... [key=value ...]')
     device, dtype = grpo.pick_device(cfg.device), getattr(torch, cfg.dtype)
     texts, out = prompts, Path(cfg.out)
-    if cfg.refiner:
+    if cfg.refiner and refine:
         texts = L.trained(cfg, device, dtype).rollout(prompts, 1, cfg.seed).texts
     gen = Generator(cfg.generator, device, dtype, cfg.micro_batch, cfg.offload)
     if (out / "generator").is_dir():
