@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file as safetensors_save
 
 import checkpoint as C
@@ -72,7 +72,7 @@ def result(out):
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
     pictures = {p.name: p.read_bytes() for p in (*(out / "samples").iterdir(), out / "curves.png")}
     folders = (out / "generator", out / "refiner", C.complete(out)[0])
-    files = {f"{f.name}/{p.name}": load(p.read_bytes()) for f in folders for p in f.glob("*.safetensors")}
+    files = {f"{f.name}/{p.name}": load_bytes(p.read_bytes()) for f in folders for p in f.glob("*.safetensors")}
     return rows, pictures, {f"{f}/{n}": t for f, tensors in files.items() for n, t in tensors.items()}
 
 
