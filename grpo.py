@@ -445,7 +445,8 @@ class Run:
         rng = np.random.default_rng([cfg.seed, iteration])  # decides what all samples of a step share
         mine = share_of(P)  # numbers of this rank's prompts
         here = mine or [0]  # a rank without any walks along with one that does not count
-        prompts = [self.next_prompts(iteration, P)[p] for p in here]
+        drawn = self.next_prompts(iteration, P)
+        prompts = [drawn[p] for p in here]
         owners = [p for p in prompts for _ in range(N * M)]  # the user's words behind each picture
         window = () if stage.train == "refiner" else G.draw_window(cfg.generator.num_steps, cfg.generator.window, rng)
         # rewrites are compared on the same noise (common random numbers); where pictures are trained, each has its own
@@ -635,10 +636,10 @@ class Run:
 
             result = means(self.validation)
             detectors = sum(result.values()) / max(len(result), 1)
-            kid = R.kid(gather(self.features(images), mine, len(prompts)), self.photo_features)
-            result |= sum_metrics({"kid": kid * is_main()})  # rank 0's, so that all ranks choose the same weights
+            result["kid"] = R.kid(gather(self.features(images), mine, len(prompts)), self.photo_features)
             result["score"] = detectors - result["kid"]
             result |= {f"train_{n}": r for n, r in means(self.rewards).items()}
+            result = sum_metrics({n: r * is_main() for n, r in result.items()})  # one judgement: all keep the same weights
             images = gather(images, mine, len(prompts))
         return result, images
 
@@ -1031,7 +1032,7 @@ def line(row):
 def describe(cfg, run):
     print(
         f"python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__}; "
-        f"device {run.device}, {torch.get_num_threads()} threads, {cfg.dtype}"
+        f"device {run.device} x {world()[1]}, {torch.get_num_threads()} threads, {cfg.dtype}"
     )
     for name, policy in (("generator", run.generator), ("refiner", run.refiner)):
         if policy:

@@ -155,10 +155,10 @@ def test_sharded_weights_give_the_same_losses(results):
 
 
 def test_rank_0_writes_and_prints_and_a_rank_that_dies_ends_the_run(checkpoints, tmp_path):
-    """`torchrun grpo.py`: one log, one set of files. Rank 1 gone in the second step: non-zero, and what was written is whole."""
+    """`torchrun grpo.py fsdp=true`: one log, one set of files. Rank 1 gone in the second step: non-zero, all files whole."""
     stage = dict(train="generator", prompts=2, rewrites=1, images=6, keep_original=True)
     path = write_config(tmp_path / "c.yaml", checkpoints, stage)
-    done = torchrun(2, "grpo.py", path)
+    done = torchrun(2, "grpo.py", path, "fsdp=true")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("keeps the weights of step") == done.stdout.count("Peak memory") == 1
     read = lambda out: [json.loads(line)["step"] for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
