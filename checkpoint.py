@@ -101,7 +101,8 @@ def read(path):
         state = json.loads((path / "state.json").read_text())
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise ValueError(f"state.json does not say {FORMAT!r}")
-        return load_file(path / "tensors.safetensors"), state
+        tensors = load_file(path / "tensors.safetensors")
+        return {n: t.clone() for n, t in tensors.items()}, state  # a clone: what is loaded maps the file, which will be removed
     except (OSError, ValueError, SafetensorError) as error:
         raise Unreadable(f"{path} cannot be read ({' '.join(str(error).split())[:200]})") from error
 

@@ -73,7 +73,7 @@ def result(out):
     pictures = {p.name: p.read_bytes() for p in (*(out / "samples").iterdir(), out / "curves.png")}
     folders = (out / "generator", out / "refiner", C.complete(out)[0])
     files = {f"{f.name}/{p.name}": load_file(p) for f in folders for p in f.glob("*.safetensors")}
-    return rows, pictures, {f"{f}/{n}": t for f, tensors in files.items() for n, t in tensors.items()}
+    return rows, pictures, {f"{f}/{n}": t.clone() for f, tensors in files.items() for n, t in tensors.items()}
 
 
 def assert_same(one, other):
