@@ -431,7 +431,7 @@ class Run:
         return [[rows[i : i + m].tolist() for i in range(0, len(rows), m)] for rows in (p.flatten() for p in parts)]
 
     def optimize(self, name, parameters, loss):
-        """One AdamW step -> gradient norm. Where loss or gradient is not finite it is left out, and counted in `skipped`."""
+        """One AdamW step -> gradient norm. It is left out, and counted, where loss or gradient is not finite."""
         with self.phase("optimizer"):
             norm = torch.nn.utils.clip_grad_norm_(parameters, self.cfg.max_grad_norm).item()
             if np.isfinite(loss) and np.isfinite(norm):
@@ -494,7 +494,7 @@ class Run:
         return tensors
 
     def state(self):
-        """What `restore` takes: {name: tensor}, by reference, with the AdamW moments, and a JSON-able dict of the rest"""
+        """What `restore` takes: {name: tensor}, by reference, AdamW moments included; a JSON-able dict of the rest"""
         tensors = self.trained()
         for name, optimizer in self.optimizers.items():
             for i, moments in optimizer.state_dict()["state"].items():
@@ -507,7 +507,8 @@ class Run:
         for name, tensor in self.trained().items():
             if name not in tensors or tensors[name].shape != tensor.shape:
                 found = tuple(tensors[name].shape) if name in tensors else "missing"
-                raise ValueError(f"{name} is {found}, this run's model has {tuple(tensor.shape)}; expected the same models")
+                own = tuple(tensor.shape)
+                raise ValueError(f"{name} is {found}, this run's model has {own}; expected the same models")
             tensor.copy_(tensors[name])
         for name, optimizer in self.optimizers.items():
             optimizer.zero_grad(set_to_none=True)
@@ -526,7 +527,7 @@ class Run:
             self.refiner.micro_batch = size
 
     def within_memory(self, work, *args):
-        """work(*args); if memory runs out, the first time in a run, micro_batch is halved and the work done again from the same state."""
+        """work(*args); the first time that memory runs out, micro_batch is halved and it is done again from the start."""
         tensors, rest = self.state()
         before = {n: t.detach().to("cpu", copy=True) for n, t in tensors.items()}
         try:
@@ -534,8 +535,8 @@ class Run:
         except torch.OutOfMemoryError:
             size = self.cfg.micro_batch
             if self.halved or size < 2:
-                halved = ", halved already" if self.halved else ""
-                raise ValueError(f"out of memory with micro_batch {size}{halved}; expected a smaller micro_batch") from None
+                size = f"{size}, halved already" if self.halved else size
+                raise ValueError(f"out of memory with micro_batch {size}; expected a smaller micro_batch") from None
         tqdm.write(f"out of memory with micro_batch {size}: goes on with {size // 2}, which changes rounding alone")
         torch.cuda.empty_cache()
         self.restore(before, {"micro_batch": size // 2, "halved": True})
@@ -648,7 +649,10 @@ def train(cfg):
 
 
 def train_stage(run, log, progress, stop):
-    """`steps` steps with a look at the validation prompts every few; ends with the weights of the best look. -> where the next stage starts"""
+    """`steps` steps with a look at the validation prompts every few; ends with the weights of the best look.
+
+    Goes on from `progress`; -> where the next stage starts.
+    """
     number, iteration, first, best = progress.stage, progress.iteration, progress.first, progress.best
     stage, every = run.cfg.stages[number], run.cfg.eval_images
     for step in range(progress.step, stage.steps + 1):  # the last pass only looks
@@ -696,7 +700,7 @@ def check_finite(rows, most=3):
 
 
 def begun(cfg):
-    """Is there a checkpoint to go on from? ValueError for a folder that holds anything else, or that resume=true does not allow to use."""
+    """Is there a checkpoint to go on from? ValueError for a folder in use without resume=true, or by something else."""
     out, found = Path(cfg.out), C.complete(cfg.out)
     held = {p.name for p in out.iterdir()} - {C.LOCK}
     if held and not cfg.resume:
