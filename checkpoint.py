@@ -1,10 +1,12 @@
-"""Checkpoints, from which an interrupted run goes on to the same result, bit for bit; and what else a run owes its folder.
+"""Checkpoints, from which an interrupted run goes on to the same result, bit for bit; the lock on its folder; its end.
 
-    <out>/checkpoint/<training steps done>/tensors.safetensors    {name: tensor}: `Run.state`, the best look's weights, pictures
-    <out>/checkpoint/<training steps done>/state.json             the config, how many rows metrics.jsonl has, and the rest
+    <out>/checkpoint/<training steps done>/
+        tensors.safetensors    {name: tensor}: `Run.state`, and the best look's weights and pictures
+        state.json             the config, how many rows metrics.jsonl has, and the rest
 
-A checkpoint is written to a hidden folder, fsynced and renamed, so that a folder with a number for a name is whole; the last two
-stay. There are no states of random generators: all randomness of a step follows from (seed, iteration), see `seed_globals`.
+A checkpoint is written to a hidden folder, fsynced and renamed, so that a folder with a number for a name is whole; the
+last two stay. Random generators have no state in it: all that a step draws follows from (seed, iteration), and for
+rewards that draw from the global generators `seed_globals` sees to that.
 """
 
 import fcntl
@@ -27,7 +29,8 @@ FORMAT = "nanoRealGen checkpoint 1"
 KEEP = 2
 LOCK = "run.lock"
 # what a resumed run may change: where it runs, how often it saves, and what only the bench reads
-FREE = ("out", "resume", "device", "save_every", "micro_batch", "bench", "test_prompts", "test_photos", "rewards.heldout")
+FREE = ("out", "resume", "device", "save_every", "micro_batch")
+FREE += ("bench", "test_prompts", "test_photos", "rewards.heldout")
 
 
 def seed_globals(seed, iteration):
@@ -47,7 +50,7 @@ class Unreadable(ValueError):
 
 @contextmanager
 def naming(path):
-    """What cannot be written inside, on a full disk say, is a ValueError that names `path`, unless the OSError names its own."""
+    """What cannot be written, on a full disk say, is a ValueError naming `path`, or an OSError with its own name."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -72,7 +75,7 @@ def complete(out):
 
 
 def write(out, step, tensors, state):
-    """{name: tensor} and a JSON-able dict -> <out>/checkpoint/<step>. ValueError or OSError where it cannot; older ones are then still there."""
+    """{name: tensor} and a JSON-able dict -> <out>/checkpoint/<step>. On ValueError and OSError older ones stay."""
     folder = Path(out, "checkpoint")
     final, temporary = folder / f"{step:06d}", folder / ".writing"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -135,7 +138,8 @@ def check_config(path, old, new):
     for key, was, now in changed(old, json.loads(json.dumps(new, default=str))):
         if not any(key == free or key.startswith(free + ".") for free in FREE):
             raise ValueError(
-                f"resume: {key} is {now!r}, but {path} was written with {was!r}; set it back, or train anew with out=NAME. "
+                f"resume: {key} is {now!r}, but {path} was written with {was!r}; "
+                f"set it back, or train anew with out=NAME. "
                 f"Only {', '.join(FREE)} may change"
             )
 
@@ -143,7 +147,9 @@ def check_config(path, old, new):
 def kept(out):
     """What to tell after a fault"""
     found = complete(out)
-    return f"the last good checkpoint is {found[0]}; resume=true goes on from there" if found else "no checkpoint was written"
+    if not found:
+        return "no checkpoint was written"
+    return f"the last good checkpoint is {found[0]}; resume=true goes on from there"
 
 
 # ---------------------------------------------------------------- one run in a folder, and its end
@@ -151,7 +157,7 @@ def kept(out):
 
 @contextmanager
 def locked(out):
-    """Inside, <out>/run.lock is ours. The kernel frees it with the process, so that a killed run leaves a stale one, which is taken over."""
+    """Inside, <out>/run.lock is ours. The kernel frees it with the process: what a killed run leaves is taken over."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / LOCK
     with open(path, "a+") as file:

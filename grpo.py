@@ -591,7 +591,7 @@ class Run:
         return shares
 
     def optimize(self, name, parameters, loss):
-        """One AdamW step -> gradient norm. Where loss or gradient is not finite it is left out, and counted in `skipped`."""
+        """One AdamW step -> gradient norm. It is left out, and counted, where loss or gradient is not finite."""
         with self.phase("optimizer"):
             sum_gradients(parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, self.cfg.max_grad_norm).item()
@@ -662,7 +662,7 @@ class Run:
         return tensors
 
     def state(self):
-        """What `restore` takes: {name: tensor}, by reference, with the AdamW moments, and a JSON-able dict of the rest"""
+        """What `restore` takes: {name: tensor}, by reference, AdamW moments included; a JSON-able dict of the rest"""
         tensors = self.trained()
         for name, optimizer in self.optimizers.items():
             for i, moments in optimizer.state_dict()["state"].items():
@@ -677,7 +677,8 @@ class Run:
         for name, tensor in self.trained().items():
             if name not in tensors or tensors[name].shape != tensor.shape:
                 found = tuple(tensors[name].shape) if name in tensors else "missing"
-                raise ValueError(f"{name} is {found}, this run's model has {tuple(tensor.shape)}; expected the same models")
+                own = tuple(tensor.shape)
+                raise ValueError(f"{name} is {found}, this run's model has {own}; expected the same models")
             tensor.copy_(tensors[name])
         for name, optimizer in self.optimizers.items():
             optimizer.zero_grad(set_to_none=True)
@@ -699,7 +700,7 @@ class Run:
             self.refiner.micro_batch = size
 
     def within_memory(self, work, *args):
-        """work(*args); if memory runs out, the first time in a run, micro_batch is halved and the work done again from the same state."""
+        """work(*args); the first time that memory runs out, micro_batch is halved and it is done again from the start."""
         tensors, rest = self.state()
         before = {n: t.detach().to("cpu", copy=True) for n, t in tensors.items()}
         try:
@@ -843,7 +844,10 @@ def looks_of(run, log, row):
 
 
 def train_stage(run, log, progress, stop):
-    """`steps` steps with a look at the validation prompts every few; ends with the weights of the best look. -> where the next stage starts"""
+    """`steps` steps with a look at the validation prompts every few; ends with the weights of the best look.
+
+    Goes on from `progress`; -> where the next stage starts.
+    """
     number, iteration, first, best = progress.stage, progress.iteration, progress.first, progress.best
     stage, every = run.cfg.stages[number], run.cfg.eval_images
     for step in range(progress.step, stage.steps + 1):  # the last pass only looks
@@ -900,7 +904,7 @@ def check_finite(rows, most=3):
 
 
 def begun(cfg):
-    """Is there a checkpoint to go on from? ValueError for a folder that holds anything else, or that resume=true does not allow to use."""
+    """Is there a checkpoint to go on from? ValueError for a folder in use without resume=true, or by something else."""
     out, found = Path(cfg.out), C.complete(cfg.out)
     held = {p.name for p in out.iterdir()} - {C.LOCK}
     if held and not cfg.resume:

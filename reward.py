@@ -705,7 +705,7 @@ def load_rewards(configs, device="cpu"):
 
 
 def blame(reward, error):
-    """Where and how a user's reward failed, 'my_rewards.py:12: KeyError: ...'; a kind of this file says it in its message alone."""
+    """Where and how a user's reward failed: 'my_rewards.py:12: KeyError: ...'; of a kind of this file, the message."""
     call = reward if hasattr(reward, "__globals__") else type(reward).__call__
     path = getattr(call, "__globals__", {}).get("__file__", "its function")
     if path == __file__ and isinstance(error, (ValueError, OSError)):
