@@ -495,7 +495,7 @@ def shard(transformer, device_type):
         if isinstance(blocks, torch.nn.ModuleList):
             for block in blocks:  # moved to the device one at a time: it never holds the whole
                 fully_shard(block, mesh=mesh)
-    fully_shard(transformer, mesh=mesh)
+    fully_shard(transformer, mesh=mesh, reshard_after_forward=True)  # the root would stay whole otherwise
 
 
 # ---------------------------------------------------------------- main

@@ -76,7 +76,7 @@ def write_config(path, checkpoints, stage, **values):
         eval_images=2,
         validation_prompts=str(path.with_suffix(".txt")),
         generator=dict(model=checkpoints("flux"), height=16, width=16, num_steps=3, window=1, call=CALLS["flux"]),
-        refiner=dict(max_new_tokens=16, lora_rank=4, lr=5e-5),  # Adam turns rounding of tiny gradients into steps
+        refiner=dict(max_new_tokens=16, lora_rank=4, lr=1e-5),  # Adam turns rounding of tiny gradients into steps
         rewards=dict(train=mine, validation=dict(mine)),
     )
     config["generator"] |= dict(lora_rank=4, lora_targets=TARGETS)
