@@ -1,4 +1,4 @@
-"""Many processes do what one does: gloo on the CPU, started by torchrun as a user would. Run by torchrun, this file is a rank."""
+"""Many processes do what one does: gloo on the CPU, by torchrun. Run by torchrun, this file is a rank."""
 
 import json
 import os
@@ -19,7 +19,13 @@ import grpo
 
 # case -> stage, other keys. On 3 ranks `generator` leaves one without a prompt, and `joint` two without any in a share
 CASES = {
-    "refiner": (dict(train="refiner", prompts=3, rewrites=4, images=1, keep_original=False), {"refiner": {"beta": 0.1}}),
+    "refiner": (  # on common noise the tiny model's pictures hardly differ: a small weight for what is rounding in part
+        dict(train="refiner", prompts=3, rewrites=4, images=1, keep_original=False),
+        {
+            "refiner": {"beta": 0.1, "max_new_tokens": 20},
+            "rewards": {"train": {"side": {"weight": 0.01}, "half": {"weight": 0.01}}},
+        },
+    ),
     "generator": (dict(train="generator", prompts=2, rewrites=2, images=3, keep_original=True), {}),
     "joint": (dict(train="joint", prompts=4, rewrites=3, images=2, keep_original=True), {"updates": 2}),
     "dead": (  # nothing differs in a group: no rank has a gradient
@@ -39,18 +45,20 @@ def rank_main(folder, cases, *words):
         run = grpo.Run(cfg)
         rows = [run.step(cfg.stages[0], i) for i in range(2)]
         look, images = run.evaluate(cfg.stages[0])
-        tensors = {f"refiner.{i}": p.detach() for i, p in enumerate(run.refiner.parameters())}
+        tensors = {f"refiner.{n}": p.detach() for n, p in run.refiner.model.named_parameters() if p.requires_grad}
         tensors |= {n: p.detach() for n, p in run.generator.lora.items()} | {"images": images}
         tensors |= {f"ema.{n}": p for n, p in run.generator.ema.items()}
-        held = sum(getattr(p, "_local_tensor", p).numel() for p in run.generator.transformer.parameters())
+        blocks = [p for n, p in run.generator.transformer.named_parameters() if "blocks" in n and "lora_" not in n]
+        held = sum(getattr(p, "_local_tensor", p).numel() for p in blocks)
         name = f"{folder}/{case}_{'fsdp_' * cfg.fsdp}{size}_{rank}"
         save_file({n: t.contiguous() for n, t in tensors.items()}, f"{name}.safetensors")
         Path(f"{name}.json").write_text(json.dumps([*rows, look, {"held": held}]))
 
 
 def torchrun(size, *words):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", *map(str, words)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*launch, *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=900)
 
 
@@ -76,7 +84,7 @@ def write_config(path, checkpoints, stage, **values):
         eval_images=2,
         validation_prompts=str(path.with_suffix(".txt")),
         generator=dict(model=checkpoints("flux"), height=16, width=16, num_steps=3, window=1, call=CALLS["flux"]),
-        refiner=dict(max_new_tokens=16, lora_rank=4, lr=1e-5),  # Adam turns rounding of tiny gradients into steps
+        refiner=dict(max_new_tokens=16, lora_rank=4, lr=5e-5),  # Adam turns the rounding of tiny gradients into steps
         rewards=dict(train=mine, validation=dict(mine)),
     )
     config["generator"] |= dict(lora_rank=4, lora_targets=TARGETS)
@@ -122,14 +130,17 @@ def test_the_update_does_not_depend_on_the_number_of_ranks(results, case, size):
     for rank in range(size):
         many, rows_of_many = results(case, size, rank)
         assert set(many) == set(one)
-        worst = {n: (one[n] - many[n]).abs().max().item() for n in one}
-        print(case, size, rank, "largest difference", max(worst.items(), key=lambda x: x[1]))
-        assert max(worst.values()) < 1e-6, max(worst.items(), key=lambda x: x[1])
+        worst = max(((one[n] - many[n]).abs().max().item(), n) for n in one)
+        assert worst[0] < 1e-6, worst
         assert all(torch.equal(t, results(case, size, 0)[0][n]) for n, t in many.items())
+        for policy in {"refiner", "generator"} & set(rows[0]):
+            start = {"refiner": "refiner.", "generator": "transformer_blocks."}[policy]
+            names = [n for n in one if n.startswith(start) and "lora_B" in n]  # began at 0
+            a, b = (torch.cat([x[n].flatten() for n in names]) for x in (one, many))
+            assert a.norm() > 0 and (a - b).norm() < 1e-3 * a.norm()
+            assert all(row[policy]["grad_norm"] > 0 for row in rows[:2])
         for a, b in zip(rows[:3], rows_of_many[:3], strict=True):
             assert numbers(a) == pytest.approx(numbers(b), rel=1e-4, abs=1e-6) and len(numbers(a)) >= 3
-    moved = [n for n in one if "lora_B" in n and one[n].abs().max() > 1e-5] + [n for n in one if n.startswith("refiner")]
-    assert moved and all(row[m]["grad_norm"] > 0 for row in rows[:2] for m in {"refiner", "generator"} & set(row))
 
 
 def test_without_any_gradient_no_rank_moves(results):
@@ -143,25 +154,25 @@ def test_without_any_gradient_no_rank_moves(results):
 
 
 def test_sharded_weights_give_the_same_losses(results):
-    """fsdp: each of two ranks holds about half of the frozen weights, all of the LoRA, and trains as one process does."""
+    """fsdp: each of two ranks holds half of the blocks' frozen weights, all of the LoRA, and trains as one does."""
     one, rows = results("generator", 1)
     for rank in range(2):
         many, rows_of_many = results("generator", "fsdp_2", rank)
         for a, b in zip(rows[:3], rows_of_many[:3], strict=True):
             assert numbers(a) == pytest.approx(numbers(b), rel=1e-4, abs=1e-6)
         assert max((one[n] - many[n]).abs().max().item() for n in one) < 1e-6
-        lora = sum(t.numel() for n, t in one.items() if n.startswith("transformer_blocks") or n.startswith("single"))
-        assert (rows_of_many[3]["held"] - lora) < 0.6 * (rows[3]["held"] - lora)
+        assert 0 < rows_of_many[3]["held"] < 0.55 * rows[3]["held"]
 
 
 def test_rank_0_writes_and_prints_and_a_rank_that_dies_ends_the_run(checkpoints, tmp_path):
-    """`torchrun grpo.py fsdp=true`: one log, one set of files. Rank 1 gone in the second step: non-zero, all files whole."""
+    """`torchrun grpo.py fsdp=true`: one log, one set of files. Rank 1 gone in step 1: non-zero, all files whole."""
     stage = dict(train="generator", prompts=2, rewrites=1, images=6, keep_original=True)
     path = write_config(tmp_path / "c.yaml", checkpoints, stage)
     done = torchrun(2, "grpo.py", path, "fsdp=true")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("keeps the weights of step") == done.stdout.count("Peak memory") == 1
-    read = lambda out: [json.loads(line)["step"] for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
+    lines = lambda out: (tmp_path / out / "metrics.jsonl").read_text().splitlines()
+    read = lambda out: [json.loads(line)["step"] for line in lines(out)]
     assert read("out") == [0, 1, 2]
     assert load_file(tmp_path / "out/generator/pytorch_lora_weights.safetensors")
     assert len(list((tmp_path / "out/samples").glob("*.png"))) == 4
@@ -214,7 +225,7 @@ class Grid:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sampling_by_row_is_exact(temperature):
-    """Uniform numbers on a grid of 10,000 hit each token as often as its probability says, and never one without any."""
+    """Uniform numbers on a grid hit each token as often as its probability says, and never one without any."""
     logits = torch.tensor([-torch.inf, 1.0, -2.0, 0.5, -torch.inf, 3.0, -9.0, -torch.inf])
     n = 10_000
     sampler = grpo.L.SampleByRow([Grid((i + 0.5) / n) for i in range(n)], temperature)
