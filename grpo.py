@@ -825,6 +825,7 @@ def train(cfg):
             log.close()
     log.report(time.perf_counter() - start)
     if dist.is_initialized():
+        dist.barrier()  # rank 0 has written: leaving earlier would break what it still holds open
         dist.destroy_process_group()
 
 

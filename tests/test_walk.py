@@ -104,7 +104,7 @@ def test_images_per_step_are_prompt_major(config, monkeypatch):
     monkeypatch.setattr(
         grpo.R,
         "score",
-        lambda rewards, images, prompts, mb: seen.update(prompts=prompts) or score(rewards, images, prompts, mb),
+        lambda rewards, images, prompts, *rest: seen.update(prompts=prompts) or score(rewards, images, prompts, *rest),
     )
     run.step(cfg.stages[0], 0)
     p0, p1 = seen["prompts"][0], seen["prompts"][6]
