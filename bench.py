@@ -537,10 +537,10 @@ class Judge:
         return "", error, self.cfg.retries + 1
 
     def load_vlm(self):
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoModelForImageTextToText
 
         try:
-            self.processor = AutoProcessor.from_pretrained(self.cfg.model)
+            self.processor = R.picture_processor(self.cfg.model)
             self.model = (
                 AutoModelForImageTextToText.from_pretrained(self.cfg.model, dtype="auto").to(self.device).eval()
             )

@@ -43,6 +43,7 @@ class RefinerConfig:
         "You rewrite prompts for a text-to-image model. Keep the subject and every detail of the user's prompt, "
         "and add what makes the picture look like a real photograph. Reply with <answer>the rewritten prompt</answer>."
     )
+    examples: dict[str, str] = field(default_factory=dict)
     max_new_tokens: int = 64
     temperature: float = 1.0
     format_penalty: float = 0.5
@@ -78,15 +79,14 @@ class Rewrites:
 # ---------------------------------------------------------------- pure functions
 
 
-def chat(tokenizer, prompts, system_prompt):
-    """Prompts -> the chat texts that the LLM continues."""
+def chat(tokenizer, prompts, system_prompt, examples):
+    """Prompts -> the chat texts that the LLM continues; examples {user's words: rewrite} are shown as earlier turns."""
+    turn = lambda role, content: {"role": role, "content": content}
+    head = [turn("system", system_prompt)]
+    for words, rewrite in examples.items():
+        head += [turn("user", words), turn("assistant", f"<answer>{rewrite}</answer>")]
     return [
-        tokenizer.apply_chat_template(
-            [{"role": "system", "content": system_prompt}, {"role": "user", "content": p}],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        for p in prompts
+        tokenizer.apply_chat_template(head + [turn("user", p)], tokenize=False, add_generation_prompt=True) for p in prompts
     ]
 
 
@@ -218,7 +218,7 @@ class Refiner:
         seed: an integer, or P tuples of integers, which a prompt keeps in whatever batch it comes.
         """
         cfg, tokenizer = self.cfg, self.tokenizer
-        texts = chat(tokenizer, prompts, cfg.system_prompt)
+        texts = chat(tokenizer, prompts, cfg.system_prompt, cfg.examples)
         heads = tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt").to(
             self.device
         )
@@ -229,6 +229,7 @@ class Refiner:
             **heads,
             do_sample=False,  # SampleByRow has drawn
             logits_processor=LogitsProcessorList([SampleByRow(rngs, cfg.temperature)]),
+            repetition_penalty=1.0,  # of the model's own defaults: log_probs knows none
             max_new_tokens=cfg.max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
         )  # (P*N, K+L)

