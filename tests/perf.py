@@ -245,7 +245,7 @@ def published_step(run, stage, iteration):
         for k in range(len(trajectory.index)):
             for rows in gen.chunks(len(prompts)):
                 gen.replay(trajectory, k, rows)
-    run.update_generator(trajectory, advantage, P)
+    run.update_generator(trajectory, advantage, P, range(P))
 
 
 def generator():
@@ -423,16 +423,16 @@ def main(words):
         return print(one(*words[1:]))
     kinds = {f.__name__: f for f in (logprob, sde, generator, refiner, growth)}
     path, kept = Path(__file__).parent / "perf.json", []
-    machine = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{os.cpu_count()} cores, {cpu_name()}"
+    machine = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} of {os.cpu_count()} cores, {cpu_name()}"
     machine += f"; torch {torch.__version__}, python {platform.python_version()}"
+    if path.exists() and (old := json.loads(path.read_text()))["machine"] == machine:
+        kept = [r for r in old["rows"] if r["kind"] not in (words or kinds)]
     for kind in words or kinds:
         first = len(ROWS)
         kinds[kind]()
         for r in ROWS[first:]:
             r["kind"] = kind
-    if path.exists() and (old := json.loads(path.read_text()))["machine"] == machine:
-        kept = [r for r in old["rows"] if r["kind"] not in (words or kinds)]
-    path.write_text(json.dumps({"machine": machine, "rows": kept + ROWS}, indent=1) + "\n")
+        path.write_text(json.dumps({"machine": machine, "rows": kept + ROWS}, indent=1) + "\n")
     print(f"{machine}; wrote {path}")
 
 

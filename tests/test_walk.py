@@ -264,3 +264,13 @@ def test_bench_without_a_run_says_what_is_missing(config, tmp_path):
     config()
     done = subprocess.run([sys.executable, "bench.py", str(tmp_path / "config.yaml")], capture_output=True, text=True)
     assert done.returncode == 2 and "holds no trained generator" in done.stderr
+
+
+def test_the_step_that_perf_compares_with_trains_too():
+    """tests/perf.py's published way: every step but the last is stochastic, and its gradient reaches the LoRA."""
+    import perf
+
+    run, stage = perf.default_run(), grpo.StageConfig(train="generator", prompts=1, rewrites=1, images=3)
+    before = {n: p.detach().clone() for n, p in run.generator.lora.items()}
+    perf.published_step(run, stage, 0)
+    assert any(not torch.equal(p, before[n]) for n, p in run.generator.lora.items())
