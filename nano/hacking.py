@@ -42,7 +42,7 @@ class Watched(grpo.Run):
 
 def config(args, kind, seed):
     profile = ["profile=v2"] if kind == "learning" else []
-    ours = [f"out={args.out}/{kind}{seed}", f"seed={seed}", STAGE.format(args.steps), "refiner=null", "generator.beta=0"]
+    ours = [f"out={args.out}/{kind}{seed}", f"seed={seed}", STAGE.format(args.steps), "refiner=null", "generator.beta=0", "eval_every=6"]
     return grpo.load_config(["config.yaml", *profile, *ours, *args.words])
 
 
