@@ -72,7 +72,9 @@ def peak_of(function):
 def fresh(*words, runs=RUNS):
     """Median of what `python tests/perf.py DEVICE --one words` prints, each run a fresh process"""
     command = [sys.executable, __file__, DEVICE, "--one", *map(str, words)]
-    return statistics.median(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) for _ in range(runs))  # fmt: skip
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # a freed tensor goes back to the system, or no later peak would show
+    run = lambda: subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return statistics.median(float(run().split()[-1]) for _ in range(runs))
 
 
 ROWS = []
@@ -88,7 +90,7 @@ def row(name, metric, ours, peer, peer_name):
 SHAPES = [(1024, 576, 49152, "float32"), (1024, 576, 49152, "bfloat16"), (512, 1024, 151936, "float32"), (512, 1024, 151936, "bfloat16")]  # fmt: skip
 
 
-def logprob_functions(n, D, V, dtype):
+def logprob_functions(n, D, V, dtype, peers=True):
     """{name: function}, each a forward and a backward to hidden, and {name: reason} for peers that cannot run"""
     torch.manual_seed(0)
     dtype = getattr(torch, dtype)
@@ -106,6 +108,8 @@ def logprob_functions(n, D, V, dtype):
     found = {"ours": run(lambda x: L.token_log_probs(x, weight, ids, 1.0)[0])}
     found["naive log_softmax"] = run(lambda x: (x @ weight.T).float().log_softmax(-1).gather(-1, ids[:, None])[:, 0])
     missing = {}
+    if not peers:
+        return found, missing
     try:
         from trl.trainer.utils import selective_log_softmax
 
@@ -403,7 +407,7 @@ def one(what, *words):
     """A fresh process: print the peak memory of one run"""
     if what == "logprob":
         name, n, D, V, dtype = words
-        found, _ = logprob_functions(int(n), int(D), int(V), dtype)
+        found, _ = logprob_functions(int(n), int(D), int(V), dtype, peers=False)
         return peak_of(found[name])
     if what == "sde":
         return peak_of(sde_functions()[0][words[0]][int(words[1])])
