@@ -343,8 +343,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return (grad[:, None] * u).to(u.dtype), None, None, None, None
 
 
-TOKENS = 1024  # tokens and ...
-VOCAB = {"cpu": 4096, "cuda": 16384}  # ... vocabulary of a tile: large enough for the matrix products, small enough for cache and memory
+TILE = {"cpu": (512, 2048), "cuda": (1024, 16384)}  # tokens x vocabulary: large enough for the matrix products, small enough for cache and memory
 
 
 def _sweep(hidden, weight, ids, temperature, with_grad):
@@ -352,14 +351,15 @@ def _sweep(hidden, weight, ids, temperature, with_grad):
     (n, D), V, wide = hidden.shape, len(weight), torch.promote_types(hidden.dtype, torch.float32)
     log_probs, entropy = (torch.empty(n, dtype=wide, device=hidden.device) for _ in range(2))
     u = torch.empty_like(hidden, memory_format=torch.contiguous_format) if with_grad else None
-    for rows in torch.arange(n, device=hidden.device).split(TOKENS) if n else ():
-        rows = slice(int(rows[0]), int(rows[-1]) + 1)
+    tokens, vocab = TILE[hidden.device.type]
+    for start in range(0, n, tokens):
+        rows = slice(start, start + tokens)
         h, target = hidden[rows], ids[rows]
         state = torch.zeros(4, len(h), dtype=wide, device=h.device)  # per token: maximum, sum of e, sum of e l, l at the id
         state[0] = -1e30
         total = torch.zeros(len(h), D, dtype=wide, device=h.device) if with_grad else None  # sum of e weight
-        for first in range(0, V, VOCAB[h.device.type]):
-            w = weight[first : first + VOCAB[h.device.type]]  # (v, D)
+        for first in range(0, V, vocab):
+            w = weight[first : first + vocab]  # (v, D)
             logits = _product(h, w.T, wide)  # (n, v)
             e, shrink = softmax_tile(logits, target - first, state, temperature, w.dtype)
             if with_grad:

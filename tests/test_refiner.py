@@ -191,8 +191,7 @@ def test_k3_is_zero_at_the_reference_and_its_mean_is_the_kl():
 @pytest.fixture(params=["torch", "triton"])
 def path(request, monkeypatch):
     """Small tiles, so that there are several; torch, then the Triton kernel in its interpreter"""
-    monkeypatch.setattr(L, "TOKENS", 5)
-    monkeypatch.setattr(L, "VOCAB", {"cpu": 16})
+    monkeypatch.setattr(L, "TILE", {"cpu": (5, 16)})
     if request.param == "triton":
         pytest.importorskip("triton")
         monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -273,7 +272,7 @@ def test_every_output_element_is_written(path, monkeypatch):
 
 def test_the_two_paths_agree_and_so_does_the_reference(monkeypatch):
     """Kernel, tiles of torch and the plain reference: one number."""
-    monkeypatch.setattr(L, "VOCAB", {"cpu": 16})
+    monkeypatch.setattr(L, "TILE", {"cpu": (1024, 16)})
     hidden, weight, ids = torch.randn(6, 8), torch.randn(50, 8), torch.randint(50, (6,))
     tiles = L.token_log_probs(hidden, weight, ids, 0.9)
     for a, b in zip(tiles, L.token_log_probs_ref(hidden, weight, ids, 0.9)):
@@ -286,8 +285,7 @@ def test_the_two_paths_agree_and_so_does_the_reference(monkeypatch):
 
 def test_gradcheck_of_the_tiled_path(monkeypatch):
     """Numerical derivatives in float64, over several tiles."""
-    monkeypatch.setattr(L, "TOKENS", 3)
-    monkeypatch.setattr(L, "VOCAB", {"cpu": 4})
+    monkeypatch.setattr(L, "TILE", {"cpu": (3, 4)})
     hidden, weight, ids = randomly(5, 3).requires_grad_(True), randomly(11, 3), torch.randint(11, (5,))
     assert torch.autograd.gradcheck(lambda h: L.token_log_probs(h, weight, ids, 0.8)[0], hidden)
 
@@ -296,7 +294,7 @@ def test_no_logits_are_ever_held(monkeypatch):
     """The largest tensor that token_log_probs makes is a tile, not n x V."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    monkeypatch.setattr(L, "VOCAB", {"cpu": 64})
+    monkeypatch.setattr(L, "TILE", {"cpu": (1024, 64)})
     largest = [0]
 
     class Watch(TorchDispatchMode):
@@ -317,7 +315,7 @@ def test_without_grad_there_is_one_product_and_no_u(monkeypatch):
     """Tiles x products: two with grad, one without."""
     calls, product = [], L._product
     monkeypatch.setattr(L, "_product", lambda *a: calls.append(1) or product(*a))
-    monkeypatch.setattr(L, "VOCAB", {"cpu": 10})
+    monkeypatch.setattr(L, "TILE", {"cpu": (1024, 10)})
     hidden, weight, ids = torch.randn(4, 6), torch.randn(30, 6), torch.randint(30, (4,))
     L.token_log_probs(hidden, weight, ids, 1.0)
     assert len(calls) == 3
