@@ -362,7 +362,9 @@ def _sweep(hidden, weight, ids, temperature, with_grad):
             w = weight[first : first + vocab]  # (v, D)
             logits = _product(h, w.T, wide)  # (n, v)
             e, shrink = softmax_tile(logits, target - first, state, temperature, w.dtype)
-            if with_grad:
+            if with_grad and e.dtype == wide:
+                total.mul_(shrink[:, None]).addmm_(e, w)
+            elif with_grad:
                 total.mul_(shrink[:, None]).add_(_product(e, w, wide))
         top, sums, weighted, chosen = state
         log_probs[rows] = chosen - top - sums.log()
@@ -383,7 +385,7 @@ def softmax_tile_ref(logits, target, state, temperature, dtype):
     l = logits / temperature; -> e = exp(l - maximum so far) (n, v) in `dtype`, and the factor (n,) that earlier sums shrink by.
     """
     top, sums, weighted, chosen = state
-    l = logits.div_(temperature)  # (n, v)
+    l = logits if temperature == 1 else logits.div_(temperature)  # (n, v)
     inside = (target >= 0) & (target < l.shape[1])
     chosen += torch.where(inside, l.gather(1, target.clamp(0, l.shape[1] - 1)[:, None])[:, 0], 0)
     new = torch.maximum(top, l.amax(1))
