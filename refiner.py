@@ -362,9 +362,7 @@ def _sweep(hidden, weight, ids, temperature, with_grad):
             w = weight[first : first + vocab]  # (v, D)
             logits = _product(h, w.T, wide)  # (n, v)
             e, shrink = softmax_tile(logits, target - first, state, temperature, w.dtype)
-            if with_grad and e.dtype == wide:
-                total.mul_(shrink[:, None]).addmm_(e, w)
-            elif with_grad:
+            if with_grad:
                 total.mul_(shrink[:, None]).add_(_product(e, w, wide))
         top, sums, weighted, chosen = state
         log_probs[rows] = chosen - top - sums.log()

