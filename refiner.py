@@ -343,7 +343,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return (grad[:, None] * u).to(u.dtype), None, None, None, None
 
 
-TILE = {"cpu": (512, 2048), "cuda": (1024, 16384)}  # tokens x vocabulary: large enough for the matrix products, small enough for cache and memory
+TILE = {"cpu": (512, 1024), "cuda": (1024, 16384)}  # tokens x vocabulary: large enough for the matrix products, small enough for cache and memory
 
 
 def _sweep(hidden, weight, ids, temperature, with_grad):
