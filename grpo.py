@@ -830,18 +830,19 @@ def train(cfg):
 
 
 def hacked(looks, k):
-    """looks: (mean of the validation detectors, trained reward), oldest first -> True for a policy that games its reward
+    """looks: (validation score, trained reward), oldest first -> True for a policy that games its reward
 
-    At each of the last k looks, the first fell and the second rose. k = 0 never tells.
+    At each of the last k looks, the first fell and the second rose. k = 0 never tells. The score is the mean of the
+    validation detectors less the KID, because what fools the trained detectors may fool those too: see nano/hacking.py.
     """
     last = looks[-k - 1 :]
     return 0 < k < len(last) and all(b[0] < a[0] and b[1] > a[1] for a, b in zip(last, last[1:]))
 
 
 def looks_of(run, log, row):
-    """The looks of this stage so far, that of `row` included -> [(mean of the validation detectors, trained reward)]"""
+    """The looks of this stage so far, that of `row` included -> [(validation score, trained reward)]"""
     looks = [r["validation"] for r in [*log.rows, row] if "validation" in r and r["stage"] == row["stage"]]
-    return [(v["score"] + v["kid"], run.combine({n: v[f"train_{n}"] for n in run.weights})) for v in looks]
+    return [(v["score"], run.combine({n: v[f"train_{n}"] for n in run.weights})) for v in looks]
 
 
 def train_stage(run, log, progress, stop):
@@ -877,10 +878,11 @@ def train_stage(run, log, progress, stop):
         check_finite(log.rows)
         stop.agree(all_sum(torch.tensor([float(bool(stop.number))])).item())
         if stop.number or iteration % run.cfg.save_every == 0 and step < stage.steps:
-            save_checkpoint(run, Progress(number, step + 1, iteration, first, best), len(log.rows))
+            done = stage.steps + 1 if gamed else step + 1  # passes: a gamed stage has no more to go on with
+            save_checkpoint(run, Progress(number, done, iteration, first, best), len(log.rows))
             stop.now(log.out)
         if gamed:
-            why = f"the trained reward rose and validation detectors fell at {run.cfg.stop_if_hacked} looks in a row"
+            why = f"the trained reward rose and the validation score fell at {run.cfg.stop_if_hacked} looks in a row"
             log.bar.write(f"stage {number} ({stage.train}) stops at step {row['step']}: {why}")
             break
     score, kept, weights, images = best

@@ -766,12 +766,11 @@ def read_image(path, size=None):
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
 
-def read_photos(path, size):
-    """JSON lines {"image", "prompt"}, paths relative to the file -> images (B,3,H,W) f32 in [0,1], prompts"""
-    path = Path(path)
+def read_list(path):
+    """JSON lines {"image": path relative to the file, "prompt": text} -> [(path, prompt)]; ValueError names file and line"""
+    path, rows = Path(path), []
     if not path.is_file():
         raise ValueError(f'{path} is not a file; expected JSON lines {{"image": path, "prompt": text}}')
-    rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if line.strip():
             try:
@@ -781,10 +780,16 @@ def read_photos(path, size):
             if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("image", "prompt")):
                 text = line[:60].decode(errors="replace")
                 raise ValueError(f'{path}, line {number}: {text!r}; expected {{"image": path, "prompt": text}}')
-            rows.append(row)
+            rows.append((path.parent / row["image"], row["prompt"]))
     if not rows:
         raise ValueError(f'{path} has no line in it; expected JSON lines {{"image": path, "prompt": text}}')
-    return torch.stack([read_image(path.parent / r["image"], size) for r in rows]), [r["prompt"] for r in rows]
+    return rows
+
+
+def read_photos(path, size):
+    """JSON lines {"image", "prompt"}, paths relative to the file -> images (B,3,H,W) f32 in [0,1], prompts"""
+    rows = read_list(path)
+    return torch.stack([read_image(image, size) for image, _ in rows]), [prompt for _, prompt in rows]
 
 
 # ---------------------------------------------------------------- the detector that learns
@@ -805,19 +810,11 @@ class Photographs:
             known = Image.registered_extensions()
             self.rows = [(p, "") for p in sorted(self.path.rglob("*")) if p.suffix.lower() in known]
         elif self.path.is_file():
-            lines = self.path.read_text().splitlines()
-            self.rows = [self.parse(line, n) for n, line in enumerate(lines, 1) if line.strip()]
+            self.rows = read_list(path)
         else:
             raise ValueError(f'photos: {path} is neither JSON lines {{"image": path, "prompt": text}} nor a folder')
         if len(self.rows) < HELD_BACK:
             raise ValueError(f"photos: {path} names {len(self.rows)} photographs; expected {HELD_BACK} or more")
-
-    def parse(self, line, number):
-        try:
-            row = json.loads(line)
-            return self.path.parent / row["image"], str(row.get("prompt", ""))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f'{self.path}, line {number}: expected {{"image": path, "prompt": text}}') from error
 
     def draw(self, n, rng, held_back=False):
         """n photographs at random, or all where there are fewer, from those held back or from the others

@@ -12,7 +12,10 @@ A finished run is not run again. Writes <out>/<run>/looks.json and the figure, p
 
 import argparse
 import json
+import os
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +23,16 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import torch
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 import bench
 import grpo
 import reward as R
 
 KINDS = ("frozen", "learning")
+LESSONS = R.UpdateConfig(max_steps=20, lr=3e-4, batch_size=32, replay=0, ema=0.9)
 STAGE = "stages=[{{train: generator, steps: {}, prompts: 9, rewrites: 1, images: 12, keep_original: true}}]"
 
 
@@ -60,37 +66,82 @@ def finished(cfg):
     return True
 
 
-def measure(args, cfgs):
-    """Each look of each run on the test prompts -> writes <run>/looks.json: steps, {metric: (looks, prompts, images)}, kid (looks)"""
-    todo = [cfg for cfg in cfgs.values() if not (Path(cfg.out) / "looks.json").exists()]
-    if not todo:
-        return
-    cfg = cfgs["frozen", 0]
-    run = grpo.Run(cfg, train=False)
+def taught(cfg, images, prompts, photos):
+    """Pictures (P*M,3,H,W) of P prompts -> (P, M), the mean over the held-out detectors of each picture's wins against photographs
+
+    Each detector first takes LESSONS of the update that profiles.v2 is made of, against the pictures of the other half of
+    the prompts. A win: it puts the picture above a photograph that it has not learnt from. 0.5: it cannot tell them apart.
+    """
+    wins = torch.zeros(len(cfg.rewards.heldout), len(prompts), len(images) // len(prompts))
+    pictures = list(zip(R.as_bytes(images), [p for p in prompts for _ in range(wins.shape[2])]))
+    numbers = torch.arange(len(pictures)).view(wins.shape[1:])  # (P, M)
+    for d, (name, config) in enumerate(cfg.rewards.heldout.items()):
+        for half in range(2):
+            rng = np.random.default_rng([bench.BENCH, half])
+            learner = R.Learner(name, R.load_rewards({name: config})[name], LESSONS, photos, bench.BENCH, cfg.micro_batch)
+            fresh, held = ([pictures[i] for i in numbers[n::2].flatten()] for n in (half, 1 - half))
+            for _ in range(LESSONS.max_steps):
+                learner.train_step(fresh, rng)
+            of_pictures = learner.score(*R.stack(held))  # (P/2*M,)
+            of_photos = learner.score(*photos.draw(len(photos.rows), rng, held_back=True))  # (n,)
+            wins[d, 1 - half :: 2] = (of_pictures[:, None] > of_photos).float().mean(1).view(-1, wins.shape[2])
+    return wins.mean(0)
+
+
+def measure(cfg):
+    """Each look of a run on the test prompts -> <run>/looks.json: steps, {metric: (looks, prompts, images)}, {metric: mean of
+    photographs}; looks.safetensors: features for the KID (looks, prompts, images, D), of the photographs (n, D); start.png, end.png"""
+    run, out = grpo.Run(cfg, train=False), Path(cfg.out)
     run.generator.add_lora(cfg.seed)
     rewards = run.rewards | run.validation | R.load_rewards(cfg.rewards.heldout, run.device)
-    photos, _ = R.read_photos(cfg.test_photos, (cfg.generator.height, cfg.generator.width))
-    real = run.features(run.real(photos))  # (n, D)
+    size = cfg.generator.height, cfg.generator.width
+    photos, texts = R.read_photos(cfg.test_photos, size)
+    photos, learn_from = run.real(photos), R.Photographs(cfg.photos, size, run.real)
     prompts, M = grpo.read_prompts(cfg.test_prompts), cfg.bench.images
     owners = [p for p in prompts for _ in range(M)]
-    for one in todo:
-        result = {"steps": [r["step"] for r in rows_of(one) if "validation" in r], "scores": {}, "kid": []}
-        for look in sorted((Path(one.out) / "looks").iterdir()):
-            for name, tensor in load_file(look).items():
-                run.generator.ema[name].copy_(tensor)
-            images, _ = run.draw(prompts, M, bench.BENCH, False)  # (P*M, 3, H, W)
-            for name, values in R.score(rewards, images, owners, cfg.micro_batch).items():
-                result["scores"].setdefault(name, []).append(values.view(-1, M).tolist())
-            result["kid"].append(R.kid(run.features(images), real))
-        file = Path(one.out) / "looks.json"
-        file.write_text(json.dumps(result))
-        print(f"wrote {file}", flush=True)
+    result = {"steps": [r["step"] for r in rows_of(cfg) if "validation" in r], "scores": {}, "features": []}
+    result["photographs"] = {n: v.mean().item() for n, v in R.score(rewards, photos, texts, cfg.micro_batch).items()}
+    looks = sorted((out / "looks").iterdir())
+    for look in tqdm(looks, desc="looks"):
+        for name, tensor in load_file(look).items():
+            run.generator.ema[name].copy_(tensor)
+        images, _ = run.draw(prompts, M, bench.BENCH, False)  # (P*M, 3, H, W)
+        scores = {n: v.view(-1, M) for n, v in R.score(rewards, images, owners, cfg.micro_batch).items()}
+        for name, values in (scores | {"taught": taught(cfg, images, prompts, learn_from)}).items():
+            result["scores"].setdefault(name, []).append(values.tolist())
+        result["features"].append(run.features(images).unflatten(0, (-1, M)))
+        if look in (looks[0], looks[-1]):
+            grpo.save_grid(images[::M], out / ("start.png" if look == looks[0] else "end.png"), 8, 1)
+    save_file({"pictures": torch.stack(result.pop("features")), "photographs": run.features(photos)}, out / "looks.safetensors")
+    (out / "looks.json").write_text(json.dumps(result))
+
+
+def train_and_measure(cfg):
+    """What one process does"""
+    grpo.Run = Watched  # what grpo.train makes
+    if not finished(cfg):
+        grpo.train(cfg)
+    if not (Path(cfg.out) / "looks.json").exists():
+        measure(cfg)
+
+
+def launch(cfg, one, threads):
+    """train_and_measure in a process of its own, which prints to <run>.log beside its folder"""
+    log = Path(f"{cfg.out}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, __file__, *sys.argv[1:], "--one", *map(str, one)]
+    with open(log, "w") as file:
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+    if code:
+        raise ValueError(f"{cfg.out}: its process ended with {code}: {log.read_text().strip().splitlines()[-1]}")
 
 
 def collect(cfgs):
     """-> {kind: {"steps", "trained steps", "trained" (seeds, steps), metric: (seeds, looks, prompts, images), "kid": (seeds, looks)}}
 
     `trained`: mean of the detectors that learn in one of the two, as training scored its own pictures. `heldout`: mean of those.
+    `features`: as `measure` writes them, (seeds, looks, prompts, images, D); `photographs`: {metric: mean}, and their features.
     """
     learn = [n for n, r in cfgs["learning", 0].rewards.train.items() if r.update]
     held = list(cfgs["frozen", 0].rewards.heldout)
@@ -98,76 +149,91 @@ def collect(cfgs):
     for kind in KINDS:
         of_kind = [c for (k, _), c in cfgs.items() if k == kind]
         looks = [json.loads((Path(c.out) / "looks.json").read_text()) for c in of_kind]
+        files = [load_file(Path(c.out) / "looks.safetensors") for c in of_kind]
         rows = [[r for r in rows_of(c) if "reward" in r] for c in of_kind]
-        found[kind] = {n: np.array([look["scores"][n] for look in looks]) for n in looks[0]["scores"]}
-        found[kind]["heldout"] = np.mean([found[kind][n] for n in held], 0)
-        found[kind]["kid"] = np.array([look["kid"] for look in looks])
-        found[kind]["trained"] = np.array([[np.mean([r["rewards"][n] for n in learn]) for r in run] for run in rows])
-        found[kind]["steps"], found[kind]["trained steps"] = looks[0]["steps"], [r["step"] for r in rows[0]]
+        one = {n: np.array([look["scores"][n] for look in looks]) for n in looks[0]["scores"]}
+        one["heldout"] = np.mean([one[n] for n in held], 0)
+        one["features"], real = torch.stack([f["pictures"] for f in files]), files[0]["photographs"]
+        one["kid"] = np.array([[R.kid(x.flatten(0, 1), real) for x in run] for run in one["features"]])
+        one["trained"] = np.array([[np.mean([r["rewards"][n] for n in learn]) for r in run] for run in rows])
+        one["steps"], one["trained steps"] = looks[0]["steps"], [r["step"] for r in rows[0]]
+        one["photographs"] = looks[0]["photographs"] | {"taught": 0.5, "kid": 0.0, "features": real}
+        one["photographs"]["heldout"] = np.mean([one["photographs"][n] for n in held])
+        found[kind] = one
     return found
 
 
+def difference(found, name, one, other):
+    """Means over seeds of two (kind, look) and their difference with its interval, which resamples test prompts"""
+    pooled = lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])  # (prompts, seeds*images)
+    a, b = (found[kind]["features" if name == "kid" else name][:, look] for kind, look in (one, other))
+    rng = np.random.default_rng(bench.BENCH)
+    if name == "kid":
+        v = bench.kid_interval(pooled(a), pooled(b), found["frozen"]["photographs"]["features"], 1000, rng)[1]
+        seeds = found[one[0]]["kid"][:, one[1]] - found[other[0]]["kid"][:, other[1]]
+    else:
+        v, seeds = bench.bootstrap(pooled(a - b), 1000, rng), (a - b).mean((1, 2))
+    return f"{v['mean']:+.3f} [{v['low']:+.3f}, {v['high']:+.3f}] (seeds {', '.join(f'{x:+.3f}' for x in seeds)})"
+
+
 def table(found):
-    """Lines of Markdown. Intervals resample test prompts, pictures of all seeds pooled; the brackets' last part is each seed's mean."""
-    frozen, learning = found["frozen"], found["learning"]
-    lines = ["| | start | frozen, end | learning, end | learning: end - start | end: learning - frozen |", "|---" * 6 + "|"]
-    for name in frozen:
-        if name in ("steps", "trained steps", "trained", "kid"):
-            continue
-        start, end, ours = frozen[name][:, 0], frozen[name][:, -1], learning[name][:, -1]  # (seeds, prompts, images)
-        cells = [f"{v.mean():.3f}" for v in (start, end, ours)]
-        for change in (ours - learning[name][:, 0], ours - end):
-            pooled = change.transpose(1, 0, 2).reshape(change.shape[1], -1)  # (prompts, seeds*images)
-            v = bench.bootstrap(pooled, 1000, np.random.default_rng(bench.BENCH))
-            seeds = ", ".join(f"{x:+.3f}" for x in change.mean((1, 2)))
-            cells.append(f"{v['mean']:+.3f} [{v['low']:+.3f}, {v['high']:+.3f}] (seeds {seeds})")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    for name in ("trained", "kid"):
-        start, end, ours = frozen[name][:, 0], frozen[name][:, -1], learning[name][:, -1]  # (seeds,)
-        cells = [f"{v.mean():.3f}" for v in (start, end, ours)]
-        cells += [f"{v.mean():+.3f} (seeds {', '.join(f'{x:+.3f}' for x in v)})"
-                  for v in (ours - learning[name][:, 0], ours - end)]  # fmt: skip
+    """Lines of Markdown: means over seeds, differences with 95% intervals"""
+    frozen, learning, real = found["frozen"], found["learning"], found["frozen"]["photographs"]
+    lines = ["| | start | frozen, end | learning, end | photographs | learning: end - start | end: learning - frozen |", "|---" * 7 + "|"]
+    for name in [n for n in frozen if n in real and n != "features"]:
+        cells = [f"{v.mean():.3f}" for v in (frozen[name][:, 0], frozen[name][:, -1], learning[name][:, -1])]
+        cells += [f"{real[name]:.3f}", difference(found, name, ("learning", -1), ("learning", 0))]
+        cells += [difference(found, name, ("learning", -1), ("frozen", -1))]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 
-def figure(found, path, validation):
-    """Four panels over steps; thin lines are seeds, thick ones their mean"""
+def figure(found, cfgs, path):
+    """Above, four panels over steps: thin lines are seeds, thick ones their mean. Below, pictures of the first seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = {"trained": "trained detectors, as training scored its own pictures", "validation": "validation detectors, test prompts",
-              "heldout": "held-out detectors, test prompts", "kid": "KID to test photographs"}  # fmt: skip
-    shape, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4.2))
-    for axis, (name, title) in zip(axes, panels.items()):
+    panels = {"trained": "trained detectors, P(real), each step's pictures", "heldout": "held-out detectors, P(real)",
+              "taught": "held-out detectors once taught: wins", "kid": "KID, lower is better"}  # fmt: skip
+    shape = plt.figure(figsize=(18, 10))
+    above = shape.add_gridspec(1, 4, left=0.03, right=0.99, top=0.96, bottom=0.58, wspace=0.15).subplots()
+    below = shape.add_gridspec(1, 3, left=0.01, right=0.99, top=0.48, bottom=0.01, wspace=0.02).subplots()
+    for axis, (name, title) in zip(above, panels.items()):
         for kind, colour in zip(KINDS, ("tab:red", "tab:blue")):
             one = found[kind]
-            values = np.mean([one[n] for n in validation], 0) if name == "validation" else one[name]
-            values = values.reshape(*values.shape[:2], -1).mean(2)  # (seeds, steps or looks)
+            values = one[name].reshape(*one[name].shape[:2], -1).mean(2)  # (seeds, steps or looks)
             steps = one["trained steps" if name == "trained" else "steps"]
             axis.plot(steps, values.T, color=colour, lw=0.6, alpha=0.5)
             axis.plot(steps, values.mean(0), "o-", color=colour, ms=3, label=f"{kind} detectors")
+        if name in one["photographs"]:
+            axis.axhline(one["photographs"][name], color="gray", ls=":", label="photographs")
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.2)
-    axes[0].legend(frameon=False)
-    shape.tight_layout()
+    above[1].legend(frameon=False)
+    ends = {"start": ("frozen", "start"), "end, frozen detectors": ("frozen", "end"), "end, learning detectors": ("learning", "end")}
+    for axis, (title, (kind, file)) in zip(below, ends.items()):
+        axis.imshow(plt.imread(Path(cfgs[kind, 0].out) / f"{file}.png"))
+        axis.set(title=title, xticks=[], yticks=[])
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    shape.savefig(path, dpi=80)
+    shape.savefig(path, dpi=70)
     plt.close(shape)
 
 
 def main(args):
     cfgs = {(kind, seed): config(args, kind, seed) for seed in range(args.seeds) for kind in KINDS}
-    todo = [cfg for cfg in cfgs.values() if not finished(cfg)]
-    grpo.Run = Watched  # what grpo.train makes
-    for cfg in todo:
-        print(f"== {cfg.out}", flush=True)
-        grpo.train(cfg)
-    measure(args, cfgs)
+    if args.one:
+        return train_and_measure(cfgs[args.one[0], int(args.one[1])])
+    todo = {one: cfg for one, cfg in cfgs.items() if not finished(cfg) or not (Path(cfg.out) / "looks.json").exists()}
+    jobs = min(os.cpu_count(), len(todo)) or 1
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), desc="runs", disable=not todo) as bar:
+        runs = [pool.submit(launch, cfg, one, os.cpu_count() // jobs) for one, cfg in todo.items()]
+        for run in as_completed(runs):
+            bar.update()
+            run.result()
     found = collect(cfgs)
-    figure(found, args.figure, list(cfgs["frozen", 0].rewards.validation))
+    figure(found, cfgs, args.figure)
     print("\n".join(table(found)))
     print(f"wrote {args.figure}")
 
@@ -179,4 +245,5 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", default="out/hacking")
     parser.add_argument("--figure", default="assets/hacking.png")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # kind and seed: the processes that this one starts
     grpo.cli(lambda: main(parser.parse_args()))

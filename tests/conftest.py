@@ -329,6 +329,21 @@ def smollm2(folder):
     AutoTokenizer.from_pretrained(home, gguf_file=file).save_pretrained(folder)
 
 
+def small_detector(folder):
+    """A random ResNet with batch normalisation, at 16 x 16, that takes everything for real"""
+    from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
+
+    torch.manual_seed(0)
+    shape = dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    labels = dict(id2label={0: "fake", 1: "real"}, label2id={"fake": 0, "real": 1})
+    model = ResNetForImageClassification(ResNetConfig(**shape, **labels))
+    model.classifier[1].bias.data = torch.tensor([0.0, 1.5])
+    model.save_pretrained(folder)
+    half = [0.5] * 3
+    ViTImageProcessorPil(size=dict(height=16, width=16), image_mean=half, image_std=half).save_pretrained(folder)
+    return str(folder)
+
+
 def longclip(folder):
     """A tiny CLIPModel with LongCLIP's 248 positions"""
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import small_detector
 from safetensors.torch import load_file, save_file
 
 import grpo
@@ -32,6 +33,10 @@ CASES = {
         dict(train="refiner", prompts=2, rewrites=2, images=1, keep_original=False),
         {"refiner": {"max_new_tokens": 2}, "weight_decay": 0.1},
     ),
+    "learning": (  # one of the rewards is a detector that learns after each step
+        dict(train="generator", prompts=3, rewrites=1, images=4, keep_original=True),
+        {"rewards": {"train": {"d": {"update": dict(threshold=0, accuracy=1, max_steps=3, batch_size=6, replay=8, lr=1e-3)}}}},
+    ),
 }
 
 
@@ -48,10 +53,12 @@ def rank_main(folder, cases, *words):
         tensors = {f"refiner.{n}": p.detach() for n, p in run.refiner.model.named_parameters() if p.requires_grad}
         tensors |= {n: p.detach() for n, p in run.generator.lora.items()} | {"images": images}
         tensors |= {f"ema.{n}": p for n, p in run.generator.ema.items()}
+        for learner in run.learners.values():
+            tensors |= {f"detector.{n}": t for n, t in learner.state().items()}
         blocks = [p for n, p in run.generator.transformer.named_parameters() if "blocks" in n and "lora_" not in n]
         held = sum(getattr(p, "_local_tensor", p).numel() for p in blocks)
         name = f"{folder}/{case}_{'fsdp_' * cfg.fsdp}{size}_{rank}"
-        save_file({n: t.contiguous() for n, t in tensors.items()}, f"{name}.safetensors")
+        save_file({n: t.detach().contiguous() for n, t in tensors.items()}, f"{name}.safetensors")
         Path(f"{name}.json").write_text(json.dumps([*rows, look, {"held": held}]))
 
 
@@ -97,6 +104,8 @@ def results(checkpoints, tmp_path_factory):
     """(case, ranks, rank) -> its tensors and rows, after 1, 2 and 3 ranks have run every case"""
     folder = tmp_path_factory.mktemp("ddp")
     for case, (stage, values) in CASES.items():
+        if case == "learning":
+            values["rewards"]["train"]["d"]["model"] = small_detector(folder / "detector")
         write_config(folder / f"{case}.yaml", checkpoints, stage, **values)
     for size in (1, 2, 3):
         done = torchrun(size, "tests/test_ddp.py", folder, ",".join(CASES))
@@ -151,6 +160,26 @@ def test_without_any_gradient_no_rank_moves(results):
     for size in (1, 2, 3):
         many = results("dead", size, size - 1)[0]
         assert all(torch.equal(many[n], began[n]) for n in one if n.startswith("refiner."))
+
+
+def test_every_rank_holds_the_same_detector(results):
+    """After two updates on 1, 2 and 3 ranks: EMA, live weights, AdamW, replay; bit-equal on the ranks of a run.
+
+    The ranks of a run agree with one process up to the rounding of pictures, which the 8 bits of the replay bound.
+    """
+    one, rows = results("learning", 1)
+    states = {n for n in one if n.startswith("detector.")}
+    assert {n.split(".")[1] for n in states} == {"ema", "live", "adam", "replay", "prompts", "seen", "steps", "bad_photos"}
+    assert one["detector.steps"] == 6 and one["detector.replay"].shape == (8, 3, 16, 16)
+    for size in (2, 3):
+        first, its_rows = results("learning", size)
+        for rank in range(1, size):
+            other = results("learning", size, rank)[0]
+            assert set(other) == set(one) and all(torch.equal(first[n], other[n]) for n in states)
+        assert (first["detector.replay"].int() - one["detector.replay"].int()).abs().max() <= 1
+        assert torch.equal(first["detector.prompts"], one["detector.prompts"])
+        for a, b in zip(rows[:2], its_rows[:2], strict=True):
+            assert numbers(a["detectors"]["d"]) == pytest.approx(numbers(b["detectors"]["d"]), abs=1e-3)
 
 
 def test_sharded_weights_give_the_same_losses(results):

@@ -4,6 +4,7 @@ import io
 import json
 import types
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -100,8 +101,11 @@ def picture(mode="RGB", size=(5, 4), kind="PNG", **values):
 good_line = st.just(b'{"image": "good.png", "prompt": "a cat"}')
 
 
+lines_of_json = st.lists(st.binary(max_size=20) | st.builds(json.dumps, anything).map(str.encode) | good_line, max_size=3)
+
+
 @few
-@given(st.lists(st.binary(max_size=20) | st.builds(json.dumps, anything).map(str.encode) | good_line, max_size=3))
+@given(lines_of_json)
 def test_any_bytes_as_json_lines(tmp_path, lines):
     """Good lines are all read; a bad one names the file."""
     (tmp_path / "good.png").write_bytes(picture())
@@ -109,6 +113,18 @@ def test_any_bytes_as_json_lines(tmp_path, lines):
     read = value_or_line(R.read_photos, tmp_path / "p.jsonl", (8, 8), naming=tmp_path)
     if read is not None:
         assert len(read[0]) == len(read[1]) > 0 and read[0].shape[1:] == (3, 8, 8)
+
+
+@few
+@given(lines_of_json)
+def test_any_bytes_as_photographs_to_learn_from(tmp_path, lines):
+    """With enough good lines beside them: every photograph is drawn, or the file is named with the bad line."""
+    (tmp_path / "good.png").write_bytes(picture())
+    good = b'{"image": "good.png", "prompt": "a cat"}'
+    (tmp_path / "p.jsonl").write_bytes(b"\n".join([*[good] * R.HELD_BACK, *lines]))
+    photos = value_or_line(R.Photographs, tmp_path / "p.jsonl", (8, 8), naming="p.jsonl")
+    if photos is not None:
+        assert len(photos.draw(99, np.random.default_rng(0))[1]) == len(photos.rows) - len(photos.rows) // R.HELD_BACK
 
 
 @few

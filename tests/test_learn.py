@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import omniaid
+from conftest import omniaid, small_detector
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_walk import config  # noqa: F401  the fixture
@@ -41,20 +41,8 @@ def photos(tmp_path):
 
 @pytest.fixture
 def detector(tmp_path):
-    """-> folder of a tiny random ResNet with batch normalisation that takes everything for real"""
-    from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
-
-    labels = {0: "fake", 1: "real"}
-    torch.manual_seed(0)
-    shape = dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-    model = ResNetForImageClassification(ResNetConfig(**shape, id2label=labels, label2id={"fake": 0, "real": 1}))
-    model.classifier[1].bias.data = torch.tensor([0.0, 1.5])
-    model.save_pretrained(tmp_path / "detector")
-    half = [0.5] * 3
-    ViTImageProcessorPil(size=dict(height=16, width=16), image_mean=half, image_std=half).save_pretrained(
-        tmp_path / "detector"
-    )
-    return str(tmp_path / "detector")
+    """-> folder of a tiny detector"""
+    return small_detector(tmp_path / "detector")
 
 
 @pytest.fixture
@@ -292,11 +280,11 @@ def test_bad_pictures_are_named_once_counted_and_skipped(photos):
 @pytest.mark.parametrize(
     "text,message",
     [
-        ('{"image": "a.png"}\n' * 3, "names 3 photographs; expected 8 or more"),
-        ('{"image": "a.png"}\n' * 8 + "{", 'line 9: expected {"image": path, "prompt": text}'),
-        ('{"picture": "a.png"}\n' * 8, "line 1: expected"),
-        ("[1]\n" * 8, "line 1: expected"),
-        ('{"image": 3}\n' * 8, "line 1: expected"),
+        ('{"image": "a.png", "prompt": ""}\n' * 3, "names 3 photographs; expected 8 or more"),
+        ('{"image": "a.png", "prompt": ""}\n' * 8 + "{", 'line 9: \'{\'; expected {"image": path, "prompt": text}'),
+        ('{"picture": "a.png"}\n' * 8, "line 1: "),
+        ("[1]\n" * 8, "line 1: "),
+        ('{"image": 3, "prompt": ""}\n' * 8, "line 1: "),
     ],
 )
 def test_a_bad_list_is_one_line(tmp_path, text, message):
@@ -384,7 +372,7 @@ def test_what_cannot_learn_is_named(detector, photos, tmp_path):
 
 
 def test_hacked_needs_k_looks_of_both():
-    """Detectors down and reward up at each of the last k looks; a rise, a standstill or too few looks are no sign."""
+    """Score down and reward up at each of the last k looks; a rise, a standstill or too few looks are no sign."""
     down = [(0.5, 0.1), (0.4, 0.2), (0.3, 0.3), (0.2, 0.4)]
     assert [grpo.hacked(down[:n], 2) for n in (1, 2, 3, 4)] == [False, False, True, True]
     assert not grpo.hacked(down, 0) and not grpo.hacked(down, 4) and grpo.hacked(down, 3)
@@ -428,9 +416,12 @@ def test_photographs_pass_through_the_autoencoder_like_pictures(config, detector
 
 
 def test_a_hacked_stage_ends_with_the_best_weights_and_says_so(config, monkeypatch, capfd, tmp_path):
-    """Looks are scripted: down three times while the reward rises; steps stop there and the first look's weights are kept."""
+    """Looks are scripted: down twice while the reward rises; steps stop there and the best look's weights are kept.
+
+    A run that dies before it has saved them goes on to the same end without another step.
+    """
     cfg = config(
-        "stop_if_hacked=2", stage="train: generator, steps: 6, prompts: 2, images: 3, rewrites: 1, keep_original: true"
+        "stop_if_hacked=2", "save_every=3", stage="train: generator, steps: 6, prompts: 2, images: 3, rewrites: 1, keep_original: true"
     )
     looks = iter([(0.6, 0.1), (0.7, 0.2), (0.5, 0.3), (0.4, 0.4), (0.9, 0.5)])
     kept = {}
@@ -443,13 +434,21 @@ def test_a_hacked_stage_ends_with_the_best_weights_and_says_so(config, monkeypat
         return look, torch.zeros(4, 3, 16, 16)
 
     monkeypatch.setattr(grpo.Run, "evaluate", evaluate)
-    monkeypatch.setattr(grpo.Run, "save", lambda run, out: kept.update(end=[t.detach() for t in run.weights_of(cfg.stages[0])]))
+    def save(run, out):
+        died, kept["end"] = "end" not in kept, [t.detach() for t in run.weights_of(cfg.stages[0])]
+        if died:
+            raise OSError("died")
+
+    monkeypatch.setattr(grpo.Run, "save", save)
+    with pytest.raises(ValueError, match="died; the last good checkpoint is .*000003"):
+        grpo.train(cfg)
+    cfg.resume = True
     grpo.train(cfg)
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [("reward" in r, r.get("hacked")) for r in rows] == [(True, None)] * 3 + [(False, True)]
     assert same(kept["end"], kept[0.7]) and not same(kept["end"], kept[0.4])
     said = "".join(capfd.readouterr())
-    assert "stops at step 3: the trained reward rose and validation detectors fell at 2 looks in a row" in said
+    assert "stops at step 3: the trained reward rose and the validation score fell at 2 looks in a row" in said
 
 
 def test_a_missing_folder_of_photographs_is_one_line_and_exit_code_2(tmp_path):

@@ -19,7 +19,7 @@ from safetensors.torch import save_file as safetensors_save
 import checkpoint as C
 import grpo
 import reward as R
-from conftest import CALLS, TARGETS
+from conftest import CALLS, TARGETS, small_detector
 
 REWARDS = """
 import random, numpy, torch
@@ -119,10 +119,12 @@ def spawn(path, words=(), nth=0, touches=TOUCHES, number=signal.SIGKILL):
 def test_killed_anywhere_and_resumed_is_never_killed(written, tmp_path):
     """One run is killed a dozen times, as it touches its folder: before, in and after checkpoints, rows and pictures.
 
-    It is also stopped twice, and resumed each time: rows, weights, optimizers, pictures and the last checkpoint are
-    those of an undisturbed run, bit for bit.
+    It is also stopped twice, and resumed each time: rows, weights, optimizers, pictures, the detector that learns and
+    the last checkpoint are those of an undisturbed run, bit for bit.
     """
-    path = written()
+    update = dict(threshold=0, accuracy=1, max_steps=2, batch_size=4, replay=6, lr=1e-3)
+    learning = dict(model=small_detector(tmp_path / "detector"), update=update)
+    path = written(rewards={"train": {"learning": learning}}, photos=str(tmp_path / "photos.jsonl"))
     assert spawn(path, ["out=" + str(tmp_path / "whole" / "out")]) == 0
     for nth in (1, 4):  # before and in the first checkpoint
         assert spawn(path, ["resume=true"], nth) == -signal.SIGKILL
@@ -135,7 +137,9 @@ def test_killed_anywhere_and_resumed_is_never_killed(written, tmp_path):
     assert codes == [-signal.SIGKILL] * 7
     assert spawn(path, ["resume=true"]) == 0 and not (tmp_path / "out" / C.LOCK).exists()
     assert_same(result(tmp_path / "out"), result(tmp_path / "whole" / "out"))
-    assert len(result(tmp_path / "out")[0]) == 8
+    rows, _, tensors = result(tmp_path / "out")
+    assert len(rows) == 8 and sum(bool(row.get("detectors")) for row in rows) == 6
+    assert any(n.endswith("/detector.learning.replay") for n in tensors)
 
 
 def test_a_stopped_run_finishes_its_step_and_saves_it(written, tmp_path, monkeypatch, capsys):
