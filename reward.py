@@ -795,17 +795,19 @@ def read_photos(path, size):
 # ---------------------------------------------------------------- the detector that learns
 
 HELD_BACK = 8  # each eighth photograph never trains: it tells when a detector has learnt enough
+CACHE = 2**28  # bytes
 
 
 class Photographs:
     """What learning detectors know as real: JSON lines {"image", "prompt"}, paths relative to the file, or a folder.
 
-    Names alone are in memory; a picture is read when it is drawn, at `size` (height, width). One that cannot be read is
-    named once, counted in `bad` and skipped. prepare: (n,3,H,W) -> the same, such as the generator's autoencoder.
+    A picture is read when it is drawn, at `size` (height, width), and goes through `prepare`, (1,3,H,W) -> the same, such as
+    the generator's autoencoder. The first CACHE bytes of them are kept, 8 bits a colour; of the others only the names. One
+    that cannot be read is named once, counted in `bad` and skipped.
     """
 
     def __init__(self, path, size, prepare=lambda images: images):
-        self.path, self.size, self.prepare, self.bad = Path(path), size, prepare, set()
+        self.path, self.size, self.prepare, self.bad, self.kept = Path(path), size, prepare, set(), {}
         if self.path.is_dir():
             known = Image.registered_extensions()
             self.rows = [(p, "") for p in sorted(self.path.rglob("*")) if p.suffix.lower() in known]
@@ -827,16 +829,24 @@ class Photographs:
                 break
             if i in self.bad or (i % HELD_BACK == HELD_BACK - 1) != held_back:
                 continue
-            path, prompt = self.rows[i]
             try:
-                images.append(read_image(path, self.size))
-                prompts.append(prompt)
+                images.append(self.read(i))
+                prompts.append(self.rows[i][1])
             except ValueError as error:
                 self.bad.add(i)
                 warnings.warn(f"{error}; skipped, as {len(self.bad)} of {len(self.rows)} photographs so far")
         if not images:
             raise ValueError(f"photos: {self.path} has no picture that can be read; expected photographs")
-        return self.prepare(torch.stack(images)), prompts
+        return torch.stack(images) / 255, prompts
+
+    def read(self, i):
+        """Row i -> (3,H,W) uint8; alone through `prepare`, so that it is the same whatever else is drawn or kept"""
+        if i in self.kept:
+            return self.kept[i]
+        image = as_bytes(self.prepare(read_image(self.rows[i][0], self.size)[None]))[0]
+        if (len(self.kept) + 1) * image.numel() <= CACHE:
+            self.kept[i] = image
+        return image
 
 
 def as_bytes(images):
@@ -927,7 +937,7 @@ class Learner:
         chosen += [self.replay[i] for i in rng.integers(len(self.replay), size=old)] if old else []
         fakes, prompts = stack(chosen)
         photos, texts = self.photos.draw(n, rng)
-        images = torch.cat([fakes, as_bytes(photos) / 255])  # (n + photographs, 3, H, W), rounded to 8 bits alike
+        images = torch.cat([fakes, photos])  # (n + photographs, 3, H, W), both rounded to 8 bits
         images = augment(images, torch.Generator().manual_seed(int(rng.integers(2**63))))
         with self.live_weights():
             log_p = self.reward.logits(images, prompts + texts).float().log_softmax(-1)  # (n + photos, 2) [fake, real]

@@ -32,8 +32,12 @@ import grpo
 import reward as R
 
 KINDS = ("frozen", "learning")
-LESSONS = R.UpdateConfig(max_steps=20, lr=3e-4, batch_size=32, replay=0, ema=0.9)
-STAGE = "stages=[{{train: generator, steps: {}, prompts: 9, rewrites: 1, images: 12, keep_original: true}}]"
+LESSONS = R.UpdateConfig(max_steps=20, lr=3e-4, batch_size=16, replay=0, ema=0.9)
+WORDS = [  # alignment is scored and shown, but pays nothing; a weak KL; smaller steps of the generator, which detectors can follow
+    "stages=[{{train: generator, steps: {}, prompts: 6, rewrites: 1, images: 12, keep_original: true}}]",
+    "refiner=null", "rewards.train.alignment.weight=0", "keep_within.alignment=9",
+    "generator.beta=0.15", "generator.lr=5e-4", "generator.ema=0.9", "eval_every=8", "bench.images=4",
+]  # fmt: skip
 
 
 class Watched(grpo.Run):
@@ -48,7 +52,7 @@ class Watched(grpo.Run):
 
 def config(args, kind, seed):
     profile = ["profile=v2"] if kind == "learning" else []
-    ours = [f"out={args.out}/{kind}{seed}", f"seed={seed}", STAGE.format(args.steps), "refiner=null", "generator.beta=0", "eval_every=6"]
+    ours = [f"out={args.out}/{kind}{seed}", f"seed={seed}", WORDS[0].format(args.steps), *WORDS[1:]]
     return grpo.load_config(["config.yaml", *profile, *ours, *args.words])
 
 
@@ -241,7 +245,7 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("words", nargs="*", help="key=value of config.yaml, for both kinds")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", default="out/hacking")
     parser.add_argument("--figure", default="assets/hacking.png")

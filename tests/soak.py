@@ -72,9 +72,9 @@ def draw(seen, rows, path):
 def main(words):
     out = Path(next((w.partition("=")[2] for w in reversed(words) if w.startswith("out=")), OUT))
     start = time.perf_counter()
-    with open("/dev/null" if os.environ.get("QUIET") else "/dev/stderr", "w") as log:
-        process = subprocess.Popen([sys.executable, str(ROOT / "grpo.py"), "config.yaml", *WORDS, *words], stdout=log, cwd=ROOT)
-        seen = watch(process, ROOT / out / "metrics.jsonl")
+    command = [sys.executable, str(ROOT / "grpo.py"), "config.yaml", *WORDS, *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT)  # its bar is on stderr
+    seen = watch(process, ROOT / out / "metrics.jsonl")
     if process.returncode:
         sys.exit(f"grpo.py ended with {process.returncode}")
     out = ROOT / out
@@ -88,7 +88,8 @@ def main(words):
     print(f"{len(steps)} steps, {len(missing)} missing or twice, {looks} looks, {learnt} updates of detectors, {skipped} updates left out; "
           f"{time.perf_counter() - start:.0f} s")  # fmt: skip
     for name, column, slope, unit in (("memory", 1, memory, " MiB"), ("open files", 2, files, "")):
-        a, b = seen[len(seen) // 4, column], seen[-1, column]
+        tenth = len(seen) // 10  # medians of a tenth: the last readings are of a process that is leaving
+        a, b = np.median(seen[2 * tenth : 3 * tenth + 1, column]), np.median(seen[-tenth - 1 :, column])
         print(f"{name}: {a:.0f}{unit} after a quarter, {b:.0f}{unit} at the end, slope {slope:+.2f}{unit} per 1,000 steps")
     print(f"{sum(p.is_file() for p in out.rglob('*'))} files, {sum(p.stat().st_size for p in out.rglob('*') if p.is_file()) / 2**20:.0f} MiB in {out.name}/")
     draw(seen, rows, FIGURE)

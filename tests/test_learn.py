@@ -253,8 +253,19 @@ def test_photographs_of_a_list_or_a_folder(photos):
         assert others.shape == (len(expected), 3, 8, 12) and set(empty) == {""}
     for image, prompt in zip(*listed.draw(3, np.random.default_rng(4))):
         torch.testing.assert_close(image, R.read_image(photos / "photos" / f"{int(prompt.split()[1]):02d}.png"))
-    halved = R.Photographs(photos / "photos", (16, 16), prepare=lambda x: x / 2)
-    assert halved.draw(4, np.random.default_rng(0))[0].max() <= 0.5
+    calls = []
+    halved = R.Photographs(photos / "photos", (16, 16), prepare=lambda x: calls.append(len(x)) or x / 2)
+    first = halved.draw(4, np.random.default_rng(0))[0]
+    assert first.max() <= 0.51 and calls == [1] * 4
+    assert torch.equal(first, halved.draw(4, np.random.default_rng(0))[0]) and len(calls) == 4  # kept
+
+
+def test_no_more_photographs_are_kept_than_fit(photos, monkeypatch):
+    """Beyond CACHE bytes a picture is read again each time, and is the same."""
+    monkeypatch.setattr(R, "CACHE", 3 * 3 * 16 * 16)
+    one = R.Photographs(photos / "photos", (16, 16))
+    first, again = (one.draw(8, np.random.default_rng(0))[0] for _ in range(2))
+    assert torch.equal(first, again) and len(one.kept) == 3
 
 
 def test_bad_pictures_are_named_once_counted_and_skipped(photos):
@@ -411,7 +422,8 @@ def test_photographs_pass_through_the_autoencoder_like_pictures(config, detector
         run = grpo.Run(cfg)
         images, _ = run.learners["d"].photos.draw(2, np.random.default_rng(0))
         plain, _ = R.Photographs(cfg.photos, (16, 16)).draw(2, np.random.default_rng(0))
-        assert torch.equal(images, run.generator.reconstruct(plain) if on else plain)
+        expected = [run.generator.reconstruct(x[None]) if on else x[None] for x in plain]
+        assert torch.equal(images * 255, torch.cat(expected).mul(255).round())
     assert grpo.Run(cfg, train=False).learners == {}
 
 
