@@ -285,7 +285,7 @@ def test_bad_pictures_are_named_once_counted_and_skipped(photos):
     for file in (photos / "photos").iterdir():
         file.write_text("")
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="has no picture that can be read"):
-        one.draw(2, np.random.default_rng(1))
+        R.Photographs(photos / "photos.jsonl", (16, 16)).draw(2, np.random.default_rng(1))
 
 
 @pytest.mark.parametrize(
