@@ -67,6 +67,7 @@ class UpdateConfig:
     batch_size: int = 32
     replay: int = 512
     ema: float = 0.99
+    anchor: float = 0.0
     every: int = 1
 
     def __post_init__(self):
@@ -77,6 +78,7 @@ class UpdateConfig:
             ("batch_size", self.batch_size >= 1, "1 or more"),
             ("replay", self.replay >= 0, "0 or more"),
             ("ema", 0 <= self.ema < 1, "a decay in [0, 1)"),
+            ("anchor", 0 <= self.anchor < 1, "a share in [0, 1)"),
             ("every", self.every >= 1, "1 or more"),
         ):
             if not good:
@@ -881,7 +883,9 @@ class Learner:
     targets 0.95 and 0.05. It stops at `accuracy` on pictures and photographs that are held back, or at `max_steps`.
 
     The detector's own weights are an EMA, which scores and whose accuracy counts; `live` are the weights that AdamW
-    moves. Everything random follows from (seed, iteration, name), so ranks that are given the same pictures agree.
+    moves, and that go back a share `anchor` of the way to the start after each step: against pictures that are nearly
+    photographs, a detector without it learns the photographs by heart and forgets what it knew of realism.
+    Everything random follows from (seed, iteration, name), so ranks that are given the same pictures agree.
     """
 
     def __init__(self, name, reward, cfg, photos, seed=0, micro_batch=64):
@@ -892,7 +896,7 @@ class Learner:
         self.weights = reward.trainable()
         if not self.weights:
             raise ValueError(f"rewards: {name}: args.learn matches no weight; expected parts of their names")
-        self.live = [p.detach().clone() for p in self.weights]
+        self.start, self.live = ([p.detach().clone() for p in self.weights] for _ in range(2))
         self.optimizer = torch.optim.AdamW(self.weights, lr=cfg.lr)
         self.replay, self.seen, self.steps = [], 0, 0  # [(picture (3,H,W) uint8, prompt)], pictures and steps so far
 
@@ -931,7 +935,7 @@ class Learner:
         }
 
     def train_step(self, fresh, rng):
-        """One AdamW step of the live weights, one EMA step of the detector's -> loss, nats per picture"""
+        """One AdamW step of the live weights and one back to the anchor, one EMA step of the detector's -> loss, nats per picture"""
         n, old = self.cfg.batch_size, min(self.cfg.batch_size // 2, len(self.replay))
         chosen = [fresh[i] for i in rng.integers(len(fresh), size=n - old)]
         chosen += [self.replay[i] for i in rng.integers(len(self.replay), size=old)] if old else []
@@ -946,6 +950,8 @@ class Learner:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
             self.optimizer.step()
+            for p, start in zip(self.weights, self.start):
+                p.data.lerp_(start, self.cfg.anchor)
         self.steps += 1
         decay = min(self.cfg.ema, self.steps / (self.steps + 9))  # short at first, or the start would linger
         for p, live in zip(self.weights, self.live):

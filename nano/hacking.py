@@ -1,6 +1,6 @@
 """Why detectors should learn: the same training against frozen and against learning detectors, told apart by detectors that neither saw.
 
-    python nano/hacking.py                                            3 seeds, 60 steps, frozen and learning
+    python nano/hacking.py                                            3 seeds, 48 steps, frozen and learning
     python nano/hacking.py --steps 2 --seeds 1 --figure out/h.png     does it run?
     python nano/hacking.py generator.beta=0.1 --out out/kl            any key of config.yaml, for both
 
@@ -32,11 +32,11 @@ import grpo
 import reward as R
 
 KINDS = ("frozen", "learning")
-LESSONS = R.UpdateConfig(max_steps=20, lr=3e-4, batch_size=16, replay=0, ema=0.9)
-WORDS = [  # alignment is scored and shown, but pays nothing; a weak KL; smaller steps of the generator, which detectors can follow
+LESSON = R.UpdateConfig(lr=3e-4, batch_size=16, replay=0, ema=0.9)
+WORDS = [  # alignment is scored and shown, but pays nothing; the KL is weak: what holds the policy back are the detectors
     "stages=[{{train: generator, steps: {}, prompts: 6, rewrites: 1, images: 12, keep_original: true}}]",
     "refiner=null", "rewards.train.alignment.weight=0", "keep_within.alignment=9",
-    "generator.beta=0.15", "generator.lr=5e-4", "generator.ema=0.9", "eval_every=8", "bench.images=4",
+    "generator.beta=0.1", "generator.ema=0.9", "eval_every=8", "bench.images=4",
 ]  # fmt: skip
 
 
@@ -70,11 +70,11 @@ def finished(cfg):
     return True
 
 
-def taught(cfg, images, prompts, photos):
+def taught(cfg, images, prompts, photos, lessons):
     """Pictures (P*M,3,H,W) of P prompts -> (P, M), the mean over the held-out detectors of each picture's wins against photographs
 
-    Each detector first takes LESSONS of the update that profiles.v2 is made of, against the pictures of the other half of
-    the prompts. A win: it puts the picture above a photograph that it has not learnt from. 0.5: it cannot tell them apart.
+    Each detector first takes `lessons` steps of the update that profiles.v2 is made of, against the pictures of the other half
+    of the prompts. A win: it puts the picture above a photograph that it has not learnt from. 0.5: it cannot tell them apart.
     """
     wins = torch.zeros(len(cfg.rewards.heldout), len(prompts), len(images) // len(prompts))
     pictures = list(zip(R.as_bytes(images), [p for p in prompts for _ in range(wins.shape[2])]))
@@ -82,9 +82,9 @@ def taught(cfg, images, prompts, photos):
     for d, (name, config) in enumerate(cfg.rewards.heldout.items()):
         for half in range(2):
             rng = np.random.default_rng([bench.BENCH, half])
-            learner = R.Learner(name, R.load_rewards({name: config})[name], LESSONS, photos, bench.BENCH, cfg.micro_batch)
+            learner = R.Learner(name, R.load_rewards({name: config})[name], LESSON, photos, bench.BENCH, cfg.micro_batch)
             fresh, held = ([pictures[i] for i in numbers[n::2].flatten()] for n in (half, 1 - half))
-            for _ in range(LESSONS.max_steps):
+            for _ in range(lessons):
                 learner.train_step(fresh, rng)
             of_pictures = learner.score(*R.stack(held))  # (P/2*M,)
             of_photos = learner.score(*photos.draw(len(photos.rows), rng, held_back=True))  # (n,)
@@ -92,9 +92,13 @@ def taught(cfg, images, prompts, photos):
     return wins.mean(0)
 
 
-def measure(cfg):
-    """Each look of a run on the test prompts -> <run>/looks.json: steps, {metric: (looks, prompts, images)}, {metric: mean of
-    photographs}; looks.safetensors: features for the KID (looks, prompts, images, D), of the photographs (n, D); start.png, end.png"""
+def measure(cfg, lessons):
+    """Each look of a run on the test prompts -> files in its folder
+
+    looks.json: `steps`, `scores` {metric: (looks, prompts, images)}, `taught` at every second look and NaN at the others,
+    `photographs` {metric: mean}. looks.safetensors: features for the KID, `pictures` (looks, prompts, images, D) and
+    `photographs` (n, D). start.png, end.png: a picture of each prompt.
+    """
     run, out = grpo.Run(cfg, train=False), Path(cfg.out)
     run.generator.add_lora(cfg.seed)
     rewards = run.rewards | run.validation | R.load_rewards(cfg.rewards.heldout, run.device)
@@ -106,12 +110,14 @@ def measure(cfg):
     result = {"steps": [r["step"] for r in rows_of(cfg) if "validation" in r], "scores": {}, "features": []}
     result["photographs"] = {n: v.mean().item() for n, v in R.score(rewards, photos, texts, cfg.micro_batch).items()}
     looks = sorted((out / "looks").iterdir())
-    for look in tqdm(looks, desc="looks"):
+    for number, look in enumerate(tqdm(looks, desc="looks")):
         for name, tensor in load_file(look).items():
             run.generator.ema[name].copy_(tensor)
         images, _ = run.draw(prompts, M, bench.BENCH, False)  # (P*M, 3, H, W)
         scores = {n: v.view(-1, M) for n, v in R.score(rewards, images, owners, cfg.micro_batch).items()}
-        for name, values in (scores | {"taught": taught(cfg, images, prompts, learn_from)}).items():
+        slow = number % 2 == 0 or look == looks[-1]  # lessons take most of the time
+        scores["taught"] = taught(cfg, images, prompts, learn_from, lessons) if slow else torch.full((len(prompts), M), torch.nan)
+        for name, values in scores.items():
             result["scores"].setdefault(name, []).append(values.tolist())
         result["features"].append(run.features(images).unflatten(0, (-1, M)))
         if look in (looks[0], looks[-1]):
@@ -120,13 +126,13 @@ def measure(cfg):
     (out / "looks.json").write_text(json.dumps(result))
 
 
-def train_and_measure(cfg):
+def train_and_measure(cfg, lessons):
     """What one process does"""
     grpo.Run = Watched  # what grpo.train makes
     if not finished(cfg):
         grpo.train(cfg)
     if not (Path(cfg.out) / "looks.json").exists():
-        measure(cfg)
+        measure(cfg, lessons)
 
 
 def launch(cfg, one, threads):
@@ -208,9 +214,10 @@ def figure(found, cfgs, path):
         for kind, colour in zip(KINDS, ("tab:red", "tab:blue")):
             one = found[kind]
             values = one[name].reshape(*one[name].shape[:2], -1).mean(2)  # (seeds, steps or looks)
-            steps = one["trained steps" if name == "trained" else "steps"]
-            axis.plot(steps, values.T, color=colour, lw=0.6, alpha=0.5)
-            axis.plot(steps, values.mean(0), "o-", color=colour, ms=3, label=f"{kind} detectors")
+            there = ~np.isnan(values[0])
+            steps = np.array(one["trained steps" if name == "trained" else "steps"])[there]
+            axis.plot(steps, values.T[there], color=colour, lw=0.6, alpha=0.5)
+            axis.plot(steps, values.mean(0)[there], "o-", color=colour, ms=3, label=f"{kind} detectors")
         if name in one["photographs"]:
             axis.axhline(one["photographs"][name], color="gray", ls=":", label="photographs")
         axis.set(title=title, xlabel="step")
@@ -228,7 +235,7 @@ def figure(found, cfgs, path):
 def main(args):
     cfgs = {(kind, seed): config(args, kind, seed) for seed in range(args.seeds) for kind in KINDS}
     if args.one:
-        return train_and_measure(cfgs[args.one[0], int(args.one[1])])
+        return train_and_measure(cfgs[args.one[0], int(args.one[1])], args.lessons)
     todo = {one: cfg for one, cfg in cfgs.items() if not finished(cfg) or not (Path(cfg.out) / "looks.json").exists()}
     jobs = min(os.cpu_count(), len(todo)) or 1
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), desc="runs", disable=not todo) as bar:
@@ -245,8 +252,9 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("words", nargs="*", help="key=value of config.yaml, for both kinds")
-    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lessons", type=int, default=20, help="optimizer steps that held-out detectors are taught with")
     parser.add_argument("--out", default="out/hacking")
     parser.add_argument("--figure", default="assets/hacking.png")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # kind and seed: the processes that this one starts

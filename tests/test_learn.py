@@ -134,6 +134,19 @@ def test_the_score_is_the_ema(learner):
     assert not same([p.detach() for p in one.weights], one.live)
 
 
+def test_the_anchor_pulls_the_live_weights_back(learner, monkeypatch):
+    """After each AdamW step the live weights go the share `anchor` of the way to the start; near 1 hardly any is learnt."""
+    free, held = learner(accuracy=1.0, max_steps=1), learner(accuracy=1.0, max_steps=1, anchor=0.25)
+    start = [p.detach().clone() for p in held.weights]
+    for one in (free, held):
+        one.step(gray(24, 0.3), PROMPTS, 1.0, 0)
+    for p, moved, back in zip(start, free.live, held.live):
+        torch.testing.assert_close(back, moved + 0.25 * (p - moved), atol=1e-6, rtol=1e-5)
+    assert not same(start, held.live)
+    rows = [learner(anchor=a, max_steps=10, accuracy=1.0).step(gray(24, 0.3), PROMPTS, 0.9, 0) for a in (0.0, 0.99)]
+    assert rows[0]["reward_after"] < rows[1]["reward_after"] - 0.05
+
+
 def test_a_batch_is_balanced_rounded_and_half_replayed(learner, monkeypatch):
     """Photographs and pictures in equal number, half of the pictures from the replay once it has them, held-back ones in none."""
     one, batches = learner(max_steps=3, accuracy=1.0, replay=12), []
@@ -350,6 +363,7 @@ def test_every_key_of_update_is_in_the_profile_and_read():
     [
         (["rewards.train.semantic.update.treshold=1"], "update.treshold is not a key; did you mean rewards.train.semantic"),
         (["rewards.train.semantic.update.ema=1"], "update.ema: 1.0; expected a decay in [0, 1)"),
+        (["rewards.train.semantic.update.anchor=1"], "update.anchor: 1.0; expected a share in [0, 1)"),
         (["rewards.train.semantic.update.every=0"], "update.every: 0; expected 1 or more"),
         (["rewards.train.semantic.update.lr=0"], "update.lr: 0.0; expected a number above 0"),
         (["rewards.validation.validation.update={}"], "rewards: validation: update, but what selects or reports"),
@@ -474,8 +488,8 @@ def test_a_missing_folder_of_photographs_is_one_line_and_exit_code_2(tmp_path):
 def test_the_experiment_runs_end_to_end(tmp_path):
     """python nano/hacking.py with a tiny budget: two runs, looks, table and figure; again, it reuses them; changed, it refuses."""
     (tmp_path / "p.txt").write_text("a tabby cat\na sunset over the hills\n")
-    words = ["--steps", "1", "--seeds", "1", "--out", str(tmp_path / "h"), "--figure", str(tmp_path / "h.png"),
-             "generator.num_steps=3", "generator.window=1", "eval_every=1", "eval_images=1", "bench.images=1",
+    words = ["--steps", "1", "--seeds", "1", "--lessons", "1", "--out", str(tmp_path / "h"), "--figure", str(tmp_path / "h.png"),
+             "generator.num_steps=3", "generator.window=1", "eval_every=1", "eval_images=1", "bench.images=2",
              "rewards.train.feature.weight=0.5", f"validation_prompts={tmp_path / 'p.txt'}",
              f"test_prompts={tmp_path / 'p.txt'}"]  # fmt: skip
 
@@ -485,11 +499,13 @@ def test_the_experiment_runs_end_to_end(tmp_path):
     done = call()
     assert done.returncode == 0, done.stderr
     looks = [json.loads((tmp_path / "h" / f"{kind}0" / "looks.json").read_text()) for kind in ("frozen", "learning")]
-    assert all(look["steps"] == [0, 1] and np.shape(look["scores"]["heldout_b"]) == (2, 2, 1) for look in looks)
+    assert all(look["steps"] == [0, 1] and np.shape(look["scores"]["heldout_b"]) == (2, 2, 2) for look in looks)
+    assert np.shape(looks[0]["scores"]["taught"]) == (2, 2, 2) and 0 <= np.min(looks[0]["scores"]["taught"]) <= 1
     assert looks[0]["scores"]["heldout_a"][0] == looks[1]["scores"]["heldout_a"][0]  # the same start
-    assert "| heldout | " in done.stdout and (tmp_path / "h.png").stat().st_size > 0
+    assert all(f"| {name} | " in done.stdout for name in ("heldout", "taught", "kid")) and "nan" not in done.stdout
+    assert (tmp_path / "h.png").stat().st_size > 0
     again = call()
-    assert again.returncode == 0 and "== " not in again.stdout and "| heldout | " in again.stdout
+    assert again.returncode == 0 and "runs:" not in again.stderr and again.stdout == done.stdout
     other = call("generator.lr=1")
     assert other.returncode == 2 and "one of another config; remove it, or choose another --out" in other.stderr
 
