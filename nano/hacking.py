@@ -207,9 +207,9 @@ def figure(found, cfgs, path):
 
     panels = {"trained": "trained detectors, P(real), each step's pictures", "heldout": "held-out detectors, P(real)",
               "taught": "held-out detectors once taught: wins", "kid": "KID, lower is better"}  # fmt: skip
-    shape = plt.figure(figsize=(18, 10))
-    above = shape.add_gridspec(1, 4, left=0.03, right=0.99, top=0.96, bottom=0.58, wspace=0.15).subplots()
-    below = shape.add_gridspec(1, 3, left=0.01, right=0.99, top=0.48, bottom=0.01, wspace=0.02).subplots()
+    shape = plt.figure(figsize=(18, 7.4))
+    above = shape.add_gridspec(1, 4, left=0.03, right=0.99, top=0.95, bottom=0.52, wspace=0.15).subplots()
+    below = shape.add_gridspec(1, 3, left=0.01, right=0.99, top=0.42, bottom=0.01, wspace=0.02).subplots()
     for axis, (name, title) in zip(above, panels.items()):
         for kind, colour in zip(KINDS, ("tab:red", "tab:blue")):
             one = found[kind]
