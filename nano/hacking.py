@@ -151,7 +151,7 @@ def collect(cfgs):
     """-> {kind: {"steps", "trained steps", "trained" (seeds, steps), metric: (seeds, looks, prompts, images), "kid": (seeds, looks)}}
 
     `trained`: mean of the detectors that learn in one of the two, as training scored its own pictures. `heldout`: mean of those.
-    `features`: as `measure` writes them, (seeds, looks, prompts, images, D); `photographs`: {metric: mean}, and their features.
+    `validation kid`: as training looked, (seeds, looks). `features`: as `measure` writes them, (seeds, looks, prompts, images, D); `photographs`: {metric: mean}, and their features.
     """
     learn = [n for n, r in cfgs["learning", 0].rewards.train.items() if r.update]
     held = list(cfgs["frozen", 0].rewards.heldout)
@@ -160,11 +160,13 @@ def collect(cfgs):
         of_kind = [c for (k, _), c in cfgs.items() if k == kind]
         looks = [json.loads((Path(c.out) / "looks.json").read_text()) for c in of_kind]
         files = [load_file(Path(c.out) / "looks.safetensors") for c in of_kind]
+        validation = [[r["validation"]["kid"] for r in rows_of(c) if "validation" in r] for c in of_kind]
         rows = [[r for r in rows_of(c) if "reward" in r] for c in of_kind]
         one = {n: np.array([look["scores"][n] for look in looks]) for n in looks[0]["scores"]}
         one["heldout"] = np.mean([one[n] for n in held], 0)
         one["features"], real = torch.stack([f["pictures"] for f in files]), files[0]["photographs"]
         one["kid"] = np.array([[R.kid(x.flatten(0, 1), real) for x in run] for run in one["features"]])
+        one["validation kid"] = np.array(validation)  # on validation prompts, to validation photographs
         one["trained"] = np.array([[np.mean([r["rewards"][n] for n in learn]) for r in run] for run in rows])
         one["steps"], one["trained steps"] = looks[0]["steps"], [r["step"] for r in rows[0]]
         one["photographs"] = looks[0]["photographs"] | {"taught": 0.5, "kid": 0.0, "features": real}
@@ -195,7 +197,10 @@ def table(found):
         cells += [f"{real[name]:.3f}", difference(found, name, ("learning", -1), ("learning", 0))]
         cells += [difference(found, name, ("learning", -1), ("frozen", -1))]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+    start, end, ours = (found[kind]["validation kid"][:, look] for kind, look in (("frozen", 0), ("frozen", -1), ("learning", -1)))
+    seeds = [f"{d.mean():+.3f} (seeds {', '.join(f'{x:+.3f}' for x in d)})" for d in (ours - start, ours - end)]
+    cells = [*(f"{v.mean():.3f}" for v in (start, end, ours)), "", *seeds]
+    return [*lines, "| validation kid | " + " | ".join(cells) + " |"]
 
 
 def figure(found, cfgs, path):
