@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import small_detector
 from safetensors.torch import load_file, save_file
 
 import grpo
@@ -102,6 +101,8 @@ def write_config(path, checkpoints, stage, **values):
 @pytest.fixture(scope="module")
 def results(checkpoints, tmp_path_factory):
     """(case, ranks, rank) -> its tensors and rows, after 1, 2 and 3 ranks have run every case"""
+    from conftest import small_detector  # not above: it sets the number of threads, and a rank has one
+
     folder = tmp_path_factory.mktemp("ddp")
     for case, (stage, values) in CASES.items():
         if case == "learning":
