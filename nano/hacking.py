@@ -4,10 +4,11 @@
     python nano/hacking.py --steps 2 --seeds 1 --figure out/h.png     does it run?
     python nano/hacking.py generator.beta=0.1 --out out/kl            any key of config.yaml, for both
 
-Both start from the same weights and draw the same noise; `profiles.v2` of config.yaml is all they differ by. The stage is longer than
-the default one, with the KL off, so that a frozen detector is gamed. grpo.train loads no held-out detector: each look at the validation
-prompts leaves its LoRA in <out>/<run>/looks/, and afterwards this script draws test prompts with it, the same noise for all.
-A finished run is not run again. Writes <out>/<run>/looks.json and the figure, prints a table.
+Both start from the same weights and draw the same noise; `profiles.v2` of config.yaml is all they differ by. Alignment pays nothing and the
+KL is weak, so that a frozen detector is gamed. grpo.train loads no held-out detector: each look at the validation prompts leaves its LoRA
+in <out>/<run>/looks/, and afterwards test prompts are drawn with it, the same noise for all, and judged: by the held-out detectors as they
+are, by the same once they have learnt such pictures (`taught`), and by KID. Each run is a process of its own, as many at a time as there are
+cores; what it prints stands in <out>/<run>.log. A finished run is not run again. Writes <out>/<run>/looks.json and the figure, prints a table.
 """
 
 import argparse
@@ -151,7 +152,8 @@ def collect(cfgs):
     """-> {kind: {"steps", "trained steps", "trained" (seeds, steps), metric: (seeds, looks, prompts, images), "kid": (seeds, looks)}}
 
     `trained`: mean of the detectors that learn in one of the two, as training scored its own pictures. `heldout`: mean of those.
-    `validation kid`: as training looked, (seeds, looks). `features`: as `measure` writes them, (seeds, looks, prompts, images, D); `photographs`: {metric: mean}, and their features.
+    `validation kid`: as training looked, (seeds, looks). `features`: as `measure` writes them, (seeds, looks, prompts,
+    images, D). `photographs`: {metric: mean}, and their features.
     """
     learn = [n for n, r in cfgs["learning", 0].rewards.train.items() if r.update]
     held = list(cfgs["frozen", 0].rewards.heldout)
@@ -245,9 +247,12 @@ def main(args):
     jobs = min(os.cpu_count(), len(todo)) or 1
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), desc="runs", disable=not todo) as bar:
         runs = [pool.submit(launch, cfg, one, os.cpu_count() // jobs) for one, cfg in todo.items()]
-        for run in as_completed(runs):
-            bar.update()
-            run.result()
+        try:
+            for run in as_completed(runs):
+                bar.update()
+                run.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error no other run begins
     found = collect(cfgs)
     figure(found, cfgs, args.figure)
     print("\n".join(table(found)))
