@@ -541,9 +541,8 @@ class Judge:
 
         try:
             self.processor = R.picture_processor(self.cfg.model)
-            self.model = (
-                AutoModelForImageTextToText.from_pretrained(self.cfg.model, dtype="auto").to(self.device).eval()
-            )
+            model = R.from_pretrained(AutoModelForImageTextToText, self.cfg.model, dtype="auto")
+            self.model = model.to(self.device).eval()
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"bench.judge.model: {self.cfg.model} cannot be loaded ({str(error).splitlines()[0]}); "

@@ -34,6 +34,7 @@ import torch.distributed as dist
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -253,8 +254,11 @@ class Generator:
         self._adopt_lora()
 
     def load_lora(self, folder):
-        """The LoRA that `save_lora` wrote, to draw with or to train further."""
-        self.pipe.load_lora_weights(str(folder), adapter_name="default")
+        """The LoRA that `save_lora` wrote, to draw with or to train further; ValueError for one that is cut off."""
+        try:
+            self.pipe.load_lora_weights(str(folder), adapter_name="default")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{folder} cannot be read ({error}); expected a LoRA that save_lora wrote") from error
         self._adopt_lora()
 
     def _adopt_lora(self):
@@ -460,7 +464,7 @@ def load_pipeline(cfg, dtype):
         )
     try:
         pipe = DiffusionPipeline.from_pretrained(cfg.model, dtype=dtype)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(
             f"generator.model: {cfg.model} cannot be loaded ({str(error).splitlines()[0]}); give a folder or a repository of the Hub"
         ) from error

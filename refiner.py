@@ -23,6 +23,7 @@ from typing import Literal
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 try:
@@ -160,7 +161,7 @@ class Refiner:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(cfg.model)
             self.model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=dtype).to(device).eval()
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the latter: a download that was cut off
             raise ValueError(
                 f"refiner.model: {cfg.model} cannot be loaded ({str(error).splitlines()[0]}); give a folder or a repository of the Hub"
             ) from error
@@ -195,8 +196,11 @@ class Refiner:
             )
 
     def load_lora(self, folder):
-        """The adapter that `save_lora` wrote."""
-        self.model = PeftModel.from_pretrained(self.model, str(folder), is_trainable=True)
+        """The adapter that `save_lora` wrote; ValueError for one that is cut off."""
+        try:
+            self.model = PeftModel.from_pretrained(self.model, str(folder), is_trainable=True)
+        except SafetensorError as error:
+            raise ValueError(f"{folder} cannot be read ({error}); expected an adapter that save_lora wrote") from error
 
     def save_lora(self, folder):
         """As `PeftModel.from_pretrained(model, folder)` reads it."""

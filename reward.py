@@ -34,7 +34,6 @@ import inspect
 import io
 import json
 import os
-import pickle
 import sys
 import traceback
 import warnings
@@ -47,6 +46,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from torch import nn
 
 QUESTION = (
@@ -199,7 +199,7 @@ def from_pretrained(cls, model, **options):
     """One clear line for what cannot be loaded."""
     try:
         return cls.from_pretrained(model, **options)
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, SafetensorError) as error:  # the last: a download that was cut off
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{model} cannot be loaded ({reason}); expected a folder or a Hub repository") from error
 
@@ -464,17 +464,20 @@ def read_state(model, file=""):
         path = Path(hf_hub_download(model, file))
     if not path.is_file():
         raise ValueError(f"{path} is not a file; expected a .pth or .safetensors, or a Hub repository and args.file")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
 
-        state = load_file(path)
-    else:
-        try:
+            state = load_file(path)
+        else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # training options lie beside the weights
                 state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{path} holds more than weights, or is damaged ({str(error).splitlines()[0]})") from error
-        state = state.get("model", state)
+    except Exception as error:  # what the readers raise for a damaged file has no common kind
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"{path} holds more than weights, or is damaged ({reason})") from error
+    state = state.get("model", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f'{path} holds no weights; expected {{"model": {{name: tensor}}}} or {{name: tensor}}')
     unused = ("U_r", "V_r", "weight_original_fnorm", "position_ids")  # buffers that only their training reads
     return {k: v.float() for k, v in state.items() if k.rpartition(".")[2] not in unused}
 

@@ -145,7 +145,8 @@ def launch(cfg, one, threads):
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
     if code:
-        raise ValueError(f"{cfg.out}: its process ended with {code}: {log.read_text().strip().splitlines()[-1]}")
+        last = (log.read_text().strip() or "it printed nothing").splitlines()[-1]
+        raise ValueError(f"{cfg.out}: its process ended with {code}: {last}")
 
 
 def collect(cfgs):

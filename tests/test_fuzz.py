@@ -11,6 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file as safetensors_save
 
 import grpo
 import refiner as L
@@ -139,6 +140,25 @@ def test_any_bytes_as_picture(tmp_path, data):
     image = value_or_line(R.read_image, tmp_path / "x.bin", (8, 6), naming="x.bin")
     assert image is None or image.shape == (3, 8, 6) and image.dtype == torch.float32
     assert image is None or 0 <= image.min() and image.max() <= 1
+
+
+@few
+@given(st.data())
+def test_any_bytes_as_weights(tmp_path, data):
+    """Files of three kinds, cut off anywhere, with bytes changed, or holding something else: tensors, or one line."""
+    name = data.draw(st.sampled_from(["x.pth", "old.pth", "x.safetensors"]))
+    path, weights = tmp_path / name, {"a": torch.zeros(3, 3), "b": torch.ones(2)}
+    if name == "x.safetensors":
+        safetensors_save(weights, path)
+    else:
+        content = data.draw(st.sampled_from([{"model": weights}, weights, {"model": 1}, [1], torch.zeros(2)]))
+        torch.save(content, path, _use_new_zipfile_serialization=name == "x.pth")
+    good = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(0, 3))):
+        good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(good[: data.draw(st.integers(len(good) // 2, len(good)))])
+    state = value_or_line(R.read_state, path, naming=name)
+    assert state is None or all(isinstance(t, torch.Tensor) for t in state.values())
 
 
 def test_odd_pictures(tmp_path):

@@ -134,7 +134,7 @@ def test_the_score_is_the_ema(learner):
     assert not same([p.detach() for p in one.weights], one.live)
 
 
-def test_the_anchor_pulls_the_live_weights_back(learner, monkeypatch):
+def test_the_anchor_pulls_the_live_weights_back(learner):
     """After each AdamW step the live weights go the share `anchor` of the way to the start; near 1 hardly any is learnt."""
     free, held = learner(accuracy=1.0, max_steps=1), learner(accuracy=1.0, max_steps=1, anchor=0.25)
     start = [p.detach().clone() for p in held.weights]

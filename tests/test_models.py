@@ -1,6 +1,8 @@
 """Laws of real models: every pipeline family in bf16, with and without guidance, checkpointing, offload, profiles, and the command lines."""
 
 import json
+import os
+import shutil
 from importlib.util import find_spec
 
 import diffusers
@@ -203,3 +205,31 @@ def test_smollm2_rewrites_and_learns_on_the_nano_generator(tmp_path, capsys):
         print("", "before", *before.texts, "after two steps", *after.texts, sep="\n")
     assert before.bad_format.mean() < 0.75 and before.texts != after.texts
     assert all(r["reward_std"] > 0 and r["refiner"]["grad_norm"] > 0 and r["skipped"] == 0 for r in rows)
+
+
+@pytest.mark.parametrize("what", ["rewards.train.semantic", "rewards.train.alignment", "refiner", "generator"])
+def test_a_model_whose_download_was_cut_off_is_one_line(tmp_path, what):
+    """Its folder and the remedy are named, whichever model it is."""
+    cfg = grpo.load_config(["config.yaml"])
+    part = cfg
+    for key in what.split("."):
+        part = part[key] if isinstance(part, dict) else getattr(part, key)
+    shutil.copytree(part.model, tmp_path / "cut")
+    for file in (tmp_path / "cut").rglob("*.safetensors"):
+        os.truncate(file, 1000)
+    part.model = str(tmp_path / "cut")
+    with pytest.raises(ValueError, match=f"{tmp_path / 'cut'} cannot be loaded"):
+        grpo.Run(cfg, train=False)
+
+
+def test_a_lora_that_was_cut_off_is_one_line(tmp_path):
+    """The folder is named, for both policies."""
+    run = grpo.Run(grpo.load_config(["config.yaml"]))
+    run.save(tmp_path)
+    for policy in ("generator", "refiner"):
+        for file in (tmp_path / policy).glob("*.safetensors"):
+            os.truncate(file, 1000)
+    fresh = grpo.Run(grpo.load_config(["config.yaml"]), train=False)
+    for policy in (fresh.generator, fresh.refiner):
+        with pytest.raises(ValueError, match=f"{tmp_path}/(generator|refiner) cannot be read"):
+            policy.load_lora(tmp_path / type(policy).__name__.lower())
