@@ -31,11 +31,14 @@ from tqdm import tqdm
 import bench
 import grpo
 import reward as R
+from common import ConfigError, rng
+from learner import Learner, Photographs, UpdateConfig
+from plots import save_grid
 
 KINDS = ("frozen", "learning")
-LESSON = R.UpdateConfig(lr=3e-4, batch_size=16, replay=0, ema=0.9)
+LESSON = UpdateConfig(lr=3e-4, batch_size=16, replay=0, ema=0.9)
 WORDS = [  # alignment is scored and shown, but pays nothing; the KL is weak: what holds the policy back are the detectors
-    "stages=[{{train: generator, steps: {}, prompts: 6, rewrites: 1, images: 12, keep_original: true}}]",
+    "stages=[{{train: generator, steps: {}, prompts: 6, rewrites: 0, images: 12, keep_original: true}}]",
     "refiner=null", "rewards.train.alignment.weight=0", "keep_within.alignment=9",
     "generator.beta=0.1", "generator.ema=0.9", "eval_every=8", "bench.images=4",
 ]  # fmt: skip
@@ -54,7 +57,7 @@ class Watched(grpo.Run):
 def config(args, kind, seed):
     profile = ["profile=v2"] if kind == "learning" else []
     ours = [f"out={args.out}/{kind}{seed}", f"seed={seed}", WORDS[0].format(args.steps), *WORDS[1:]]
-    return grpo.load_config(["config.yaml", *profile, *ours, *args.words])
+    return grpo.load_config(["config.yaml", *profile, *ours, *args.words], bench.Config)
 
 
 def rows_of(cfg):
@@ -62,12 +65,12 @@ def rows_of(cfg):
 
 
 def finished(cfg):
-    """True for a run that is complete; ValueError for what an interrupted or another one left"""
+    """True for a run that is complete; ConfigError for what an interrupted or another one left"""
     out = Path(cfg.out)
     if not out.exists():
         return False
-    if not (out / "generator").is_dir() or grpo.load_config([str(out / "config.yaml")]) != cfg:
-        raise ValueError(f"{out} holds an unfinished run or one of another config; remove it, or choose another --out")
+    if not (out / "generator").is_dir() or grpo.load_config([str(out / "config.yaml")], bench.Config) != cfg:
+        raise ConfigError(f"{out} holds an unfinished run or one of another config; remove it, or choose another --out")
     return True
 
 
@@ -82,13 +85,14 @@ def taught(cfg, images, prompts, photos, lessons):
     numbers = torch.arange(len(pictures)).view(wins.shape[1:])  # (P, M)
     for d, (name, config) in enumerate(cfg.rewards.heldout.items()):
         for half in range(2):
-            rng = np.random.default_rng([bench.BENCH, half])
-            learner = R.Learner(name, R.load_rewards({name: config})[name], LESSON, photos, bench.BENCH, cfg.micro_batch)
+            noise = rng("lesson", half)
+            reward = R.load_rewards({name: config})
+            learner = Learner(name, reward[name], LESSON, photos)
             fresh, held = ([pictures[i] for i in numbers[n::2].flatten()] for n in (half, 1 - half))
             for _ in range(lessons):
-                learner.train_step(fresh, rng)
-            of_pictures = learner.score(*R.stack(held))  # (P/2*M,)
-            of_photos = learner.score(*photos.draw(len(photos.rows), rng, held_back=True))  # (n,)
+                learner.train_step(fresh, noise)
+            both, texts, _ = photos.beside(held, noise, held_back=True)  # as many photographs as pictures
+            of_pictures, of_photos = R.score(reward, both, texts, cfg.micro_batch)[name].chunk(2)  # (P/2*M,) each
             wins[d, 1 - half :: 2] = (of_pictures[:, None] > of_photos).float().mean(1).view(-1, wins.shape[2])
     return wins.mean(0)
 
@@ -105,24 +109,25 @@ def measure(cfg, lessons):
     rewards = run.rewards | run.validation | R.load_rewards(cfg.rewards.heldout, run.device)
     size = cfg.generator.height, cfg.generator.width
     photos, texts = R.read_photos(cfg.test_photos, size)
-    photos, learn_from = run.real(photos), R.Photographs(cfg.photos, size, run.real)
+    photos, learn_from = run.real(photos), Photographs(cfg.photos, size, run.real)
     prompts, M = grpo.read_prompts(cfg.test_prompts), cfg.bench.images
     owners = [p for p in prompts for _ in range(M)]
+    keys = [("bench", p, m) for p in range(len(prompts)) for m in range(M)]  # the noise of bench.py's pictures
     result = {"steps": [r["step"] for r in rows_of(cfg) if "validation" in r], "scores": {}, "features": []}
-    result["photographs"] = {n: v.mean().item() for n, v in R.score(rewards, photos, texts, cfg.micro_batch).items()}
+    result["photographs"] = {n: v.mean().item() for n, v in run.score(rewards, photos, texts).items()}
     looks = sorted((out / "looks").iterdir())
     for number, look in enumerate(tqdm(looks, desc="looks")):
         for name, tensor in load_file(look).items():
-            run.generator.ema[name].copy_(tensor)
-        images, _ = run.draw(prompts, M, bench.BENCH, False)  # (P*M, 3, H, W)
-        scores = {n: v.view(-1, M) for n, v in R.score(rewards, images, owners, cfg.micro_batch).items()}
+            run.generator.lora[name].data.copy_(tensor)
+        images, _ = run.generator.rollout(owners, keys)  # (P*M, 3, H, W)
+        scores = {n: v.view(-1, M) for n, v in run.score(rewards, images, owners).items()}
         slow = number % 2 == 0 or look == looks[-1]  # lessons take most of the time
         scores["taught"] = taught(cfg, images, prompts, learn_from, lessons) if slow else torch.full((len(prompts), M), torch.nan)
         for name, values in scores.items():
             result["scores"].setdefault(name, []).append(values.tolist())
         result["features"].append(run.features(images).unflatten(0, (-1, M)))
         if look in (looks[0], looks[-1]):
-            grpo.save_grid(images[::M], out / ("start.png" if look == looks[0] else "end.png"), 8, 1)
+            save_grid(images[::M], out / ("start.png" if look == looks[0] else "end.png"), 8, 1)
     save_file({"pictures": torch.stack(result.pop("features")), "photographs": run.features(photos)}, out / "looks.safetensors")
     (out / "looks.json").write_text(json.dumps(result))
 
@@ -146,7 +151,7 @@ def launch(cfg, one, threads):
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
     if code:
         last = (log.read_text().strip() or "it printed nothing").splitlines()[-1]
-        raise ValueError(f"{cfg.out}: its process ended with {code}: {last}")
+        raise ConfigError(f"{cfg.out}: its process ended with {code}: {last}")
 
 
 def collect(cfgs):
@@ -156,7 +161,7 @@ def collect(cfgs):
     `validation kid`: as training looked, (seeds, looks). `features`: as `measure` writes them, (seeds, looks, prompts,
     images, D). `photographs`: {metric: mean}, and their features.
     """
-    learn = [n for n, r in cfgs["learning", 0].rewards.train.items() if r.update]
+    learn = list(cfgs["learning", 0].learners)
     held = list(cfgs["frozen", 0].rewards.heldout)
     found = {}
     for kind in KINDS:
@@ -178,16 +183,26 @@ def collect(cfgs):
     return found
 
 
+def pictures_of(side, x, features):
+    """Features x (seeds, prompts, images, D) -> pictures as the bench counts them, and into `features` {name: (D,)}"""
+    pictures = []
+    for seed, p, m in np.ndindex(*x.shape[:3]):
+        pictures.append(bench.Picture(p, Path(f"{side} {seed} {p} {m}"), ""))
+        features[pictures[-1].name] = x[seed, p, m]
+    return pictures
+
+
 def difference(found, name, one, other):
     """Means over seeds of two (kind, look) and their difference with its interval, which resamples test prompts"""
-    pooled = lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])  # (prompts, seeds*images)
     a, b = (found[kind]["features" if name == "kid" else name][:, look] for kind, look in (one, other))
-    rng = np.random.default_rng(bench.BENCH)
     if name == "kid":
-        v = bench.kid_interval(pooled(a), pooled(b), found["frozen"]["photographs"]["features"], 1000, rng)[1]
+        real = found["frozen"]["photographs"]["features"][None, :, None]  # (1, n, 1, D)
+        features = {}
+        sides = [pictures_of(*side, features) for side in (("a", a), ("b", b), ("real", real))]
+        v = bench.kid_interval(*sides, features, 1000)[1]
         seeds = found[one[0]]["kid"][:, one[1]] - found[other[0]]["kid"][:, other[1]]
     else:
-        v, seeds = bench.bootstrap(pooled(a - b), 1000, rng), (a - b).mean((1, 2))
+        v, seeds = bench.bootstrap([(p, d) for (_, p, _), d in np.ndenumerate(a - b)], 1000), (a - b).mean((1, 2))
     return f"{v['mean']:+.3f} [{v['low']:+.3f}, {v['high']:+.3f}] (seeds {', '.join(f'{x:+.3f}' for x in seeds)})"
 
 

@@ -645,7 +645,7 @@ def refiner_stage(args):
     for step in bar:
         set_lr(optimizer, step, steps)
         pairs = [pair() for _ in range(batch)]
-        heads = chat(tokenizer, [p for p, _ in pairs], config.system_prompt)
+        heads = chat(tokenizer, [p for p, _ in pairs], config.system_prompt, config.examples)
         rows = [tokenizer(h, add_special_tokens=False)["input_ids"] for h in heads]
         tails = [tokenizer(a + "<|im_end|>", add_special_tokens=False)["input_ids"] for _, a in pairs]
         width = max(len(h) + len(t) for h, t in zip(rows, tails))
@@ -837,7 +837,7 @@ def draw(pipe, prompts, g, steps=10):
 def fakes_stage(args):
     """Generated pictures: three snapshots, plain, styled and cued prompts, Euler and stochastic sampling, 8 to 14 steps -> work/fakes.npz"""
     from diffusers import FluxPipeline
-    from generator import PolicyScheduler
+    from generator import GeneratorConfig, PolicyScheduler
 
     rng, out, g = random.Random(4), {"train": [], "judge": []}, torch.Generator().manual_seed(2)
     subjects = [s for _, s, *_ in SUBJECTS.values()]
@@ -855,8 +855,8 @@ def fakes_stage(args):
                 pipe.scheduler = euler
                 if turn % 3 == 2:  # stochastic: the first third of the steps takes cps noise, as in training
                     pipe.scheduler = PolicyScheduler.from_config(euler.config)
-                    pipe.scheduler.window, pipe.scheduler.trajectory = range(3), []
-                    pipe.scheduler.noise = lambda shape: torch.randn(shape, generator=g)
+                    noise = lambda shape: torch.randn(64, *shape, generator=g)
+                    pipe.scheduler.record(GeneratorConfig(), range(3), noise)
                 out[split].append(draw(pipe, prompts, g, steps=rng.choice([8, 10, 10, 14])))
                 bar.update()
     np.savez(args.work / "fakes.npz", **{k: np.concatenate(v) for k, v in out.items()})

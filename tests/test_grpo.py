@@ -1,188 +1,545 @@
-"""Laws of grpo.py: the config, advantages, the clipped loss. test_walk.py takes whole steps."""
+"""Laws of grpo.py: config, advantages, loss, whole steps on tiny models, and a run as its user sees it."""
 
+import json
 import re
-import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import get_type_hints
+from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
+from conftest import ROOT
+from diffusers import FluxPipeline
+from omegaconf import OmegaConf
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
+import bench
+import generator
 import grpo
+import refiner
+from common import rng
+from folder import flat
+from learner import UpdateConfig
+from reward import RewardConfig
+
+torch.set_num_threads(1)
+PATHS = [*ROOT.glob("*.py"), *ROOT.glob("rewards/*.py")]
+SOURCES = {path.stem: path.read_text() for path in PATHS}
+FILE = OmegaConf.to_container(OmegaConf.load(ROOT / "config.yaml"))
+PROFILES = FILE.pop("profiles")
+GENERATOR = "train: generator, steps: 6, prompts: 2, images: 4"
+REFINER = "train: refiner, steps: 1, prompts: 2, images: 2, rewrites: 3, keep_original: no"
+JOINT = "train: joint, steps: 1, prompts: 2, rewrites: 2, images: 3"
+KINDS = ["refiner", "generator", "joint"]
 
 
-def load(tmp_path, text, *words):
-    (tmp_path / "c.yaml").write_text(text)
-    return grpo.load_config([str(tmp_path / "c.yaml"), *words])
+@pytest.fixture
+def few(config, tmp_path):
+    """words, stage -> Config of the tiny run, with two photographs, which load in no time"""
+    lines = Path("nano/photos/validation.jsonl").read_text().splitlines()[:2]
+    photos = tmp_path / "photos.jsonl"
+    text = "\n".join(lines)
+    photos.write_text(text.replace('"image": "', f'"image": "{ROOT}/nano/photos/'))
+    return lambda *words, **stage: config(
+        f"validation_photos={photos}", *words, **stage
+    )
 
 
-MINIMAL = "rewards: {train: {a: {kind: classifier, model: nano/semantic}}}\n"
+@pytest.fixture
+def refused(capsys):
+    """words of the command line -> the one line with which grpo.py refuses them, with exit code 2"""
+
+    def get(*words):
+        with pytest.raises(SystemExit) as end:
+            grpo.cli(lambda: grpo.train(grpo.load_config(words)))
+        assert end.value.code == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+        return lines[-1]
+
+    return get
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """owner, name -> a list of the arguments with which owner.name is called from now on"""
+
+    def watch(owner, name):
+        calls = []
+        work = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *args: calls.append(args) or work(*args)
+        )
+        return calls
+
+    return watch
 
 
 # ---------------------------------------------------------------- config
 
 
-def test_config_yaml_has_every_key_and_every_key_is_read():
-    """The file's keys are the dataclasses' fields, each with a comment, and the code reads each one."""
-    source = "".join(Path(f).read_text() for f in ("grpo.py", "generator.py", "refiner.py", "reward.py", "bench.py"))
-    values, text = yaml.safe_load(Path("config.yaml").read_text()), Path("config.yaml").read_text()
-    values.pop("profiles")
-
-    def check(kind, mapping):
-        hints = get_type_hints(kind)
-        assert set(mapping) == {f.name for f in fields(kind)}
-        for name in mapping:
-            assert re.search(rf"\.{name}\b", source), f"{name} is never read"
-            if is_dataclass(hints[name]) and name != "rewards":
-                check(hints[name], mapping[name])
-
-    check(grpo.Config, values)
-    check(grpo.L.RefinerConfig, values["refiner"])
-    check(grpo.R.RewardsConfig, values["rewards"])
-    for stage in values["stages"]:
-        check(grpo.StageConfig, stage)
-    for key in values:
-        assert re.search(rf"(#.*\n)?^{key}:.*|^# .*\n^{key}:", text, flags=re.M)
+def check_read(name):
+    """Some file reads it."""
+    found = [re.search(rf"\.{name}\b", text) for text in SOURCES.values()]
+    assert any(found), f"{name} is never read"
 
 
-def test_every_profile_loads():
-    """Each named profile of config.yaml is a valid config and changes something."""
-    default = grpo.load_config(["config.yaml"])
-    for name in yaml.safe_load(Path("config.yaml").read_text())["profiles"]:
-        assert grpo.load_config(["config.yaml", f"profile={name}"]) != default
+def check_keys(default, value, where="config"):
+    """A part of config.yaml has the fields of its dataclass, each of which is read, and their defaults."""
+    if is_dataclass(default):
+        assert set(value) == {f.name for f in fields(default)}, where
+        for name, part in value.items():
+            check_read(name)
+            check_keys(getattr(default, name), part, f"{where}.{name}")
+    elif isinstance(default, list):
+        for one, other in zip(default, value, strict=True):
+            check_keys(one, other, where)
+    elif isinstance(default, dict):
+        # or it would shine through the mapping that a user writes
+        assert default == {}, where
+    else:
+        assert default == value, where
 
 
-def test_types_are_strict_and_numbers_convert(tmp_path):
-    """1e-5, a string in YAML 1.1, and 1 are floats where a float is due; a bool is no int; null takes the refiner away."""
-    cfg = load(tmp_path, MINIMAL + "generator: {lr: 1e-5, beta: 1}\nrefiner: null\n")
-    assert cfg.generator.lr == 1e-5 and isinstance(cfg.generator.beta, float) and cfg.refiner is None
-    for text, message in [
-        ("seed: true", "seed: True is bool; expected int"),
-        ("seed: 1.5", "seed: 1.5 is float; expected int"),
-        ("generator: {lr: fast}", "generator.lr: 'fast' is str; expected float"),
-        ("autoencode_photos: 1", "expected bool"),
-        ("generator: {sde: ddpm}", "generator.sde: 'ddpm'; expected one of cps, flow, ode"),
-        ("generator: 3", "generator: 3; expected a mapping"),
-        ("stages: [{train: all}]", r"stages\[0\].train: 'all'; expected one of"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            load(tmp_path, MINIMAL + text)
+def test_config_yaml_is_the_config():
+    """Its keys are the fields of the dataclasses, to the last, and its values their defaults."""
+    check_keys(bench.Config(), FILE)
+    learns = [f.name for f in fields(UpdateConfig)]
+    assert set(PROFILES["v2"]["learners"]["semantic"]) == set(learns)
+    for name in learns + [f.name for f in fields(RewardConfig)]:
+        check_read(name)
 
 
-@pytest.mark.parametrize(
-    "text,message",
-    [
-        ("generator: {num_step: 4}", "generator.num_step is not a key; did you mean generator.num_steps?"),
-        ("sed: 1", "sed is not a key; did you mean seed?"),
-        ("zzz: 1", "zzz is not a key; known are out, seed"),
-        ("stages: [{train: generator, images: 1}]", "groups of one"),
-        ("stages: [{train: refiner, rewrites: 2, keep_original: true}]", "groups of one"),
-        ("stages: []", "stages: empty"),
-        ("generator: {sde: ode}", "generator.sde: ode explores nothing"),
-        ("refiner: null\nstages: [{train: refiner, rewrites: 4}]", "refiner: null, but a stage needs rewrites"),
-        ("seed: [", "not YAML"),
-    ],
-)
-def test_config_errors_name_value_expectation_and_remedy(tmp_path, text, message):
-    """One line each, before any model is loaded."""
-    with pytest.raises(ValueError, match=re.escape(message)):
-        load(tmp_path, MINIMAL + text)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_loads_and_changes_something(profile):
+    """Each is a valid config of a run and of its bench, and not the default one."""
+    changed = grpo.load_config(["config.yaml", f"profile={profile}"], bench.Config)
+    assert changed != grpo.load_config(["config.yaml"], bench.Config)
 
 
-def test_overrides_and_profiles(tmp_path):
-    """Dotted words win over the profile, the profile over the file; null drops a reward; what is no word is named."""
-    text = MINIMAL + "seed: 1\nprofiles: {p: {seed: 2, generator: {lr: 3.0}}}\n"
-    assert load(tmp_path, text, "profile=p").seed == 2
-    cfg = load(
-        tmp_path,
-        text,
-        "generator.lr=4",
+def test_words_win_over_the_profile_and_that_over_the_file(tmp_path):
+    """In whatever order they stand. null takes a reward or the refiner away; 1e-5 is a number, 1 a float."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("""
+seed: 1
+weight_decay: 1
+rewards: {train: {a: {kind: clip}, b: {kind: clip}}}
+profiles: {p: {seed: 2, generator: {lr: 3.0}}}
+""")
+    words = [
+        "generator.lr=1e-5",
         "profile=p",
-        "rewards.train.b={kind: clip, model: nano/clip}",
+        "refiner=null",
         "rewards.train.a=null",
-    )
-    assert cfg.generator.lr == 4.0 and list(cfg.rewards.train) == ["b"]
-    for word, message in [
-        ("profile=q", "has no such profile; it has p"),
-        ("seed", "expected key=value"),
-        ("rewards.train.a=null", "rewards.train: empty"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            load(tmp_path, text, word)
+    ]
+    cfg = grpo.load_config([str(path), *words])
+    assert (cfg.seed, cfg.generator.lr, cfg.refiner) == (2, 1e-5, None)
+    assert isinstance(cfg.weight_decay, float)
+    assert list(cfg.rewards.train) == ["b"]
 
 
-@pytest.mark.parametrize(
-    "words,message",
-    [
-        (["nothing.yaml"], "nothing.yaml is not a file"),
-        ([], "expected a config file"),
-        (["config.yaml", "generator.num_step=4"], "did you mean generator.num_steps?"),
-        (["config.yaml", "prompts=no.txt"], "no.txt is not a file"),
-        (["config.yaml", "prompts=TMP/blank.txt"], "blank.txt has no prompt with text in it"),
-        (["config.yaml", "out=tests"], "tests is in use and is never overwritten; choose another with out=NAME"),
-        (["config.yaml", "generator.model=tests"], "tests has no model_index.json"),
-        (["config.yaml", "refiner.model=tests"], "tests has no config.json"),
-        (["config.yaml", "rewards.train.semantic.model=tests"], "tests has no config.json"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, words, message):
-    """As the user sees it: no traceback, nothing on stdout, exit code 2."""
-    (tmp_path / "blank.txt").write_text("\n   \n")
-    words = [w.replace("TMP", str(tmp_path)) for w in words]
-    words = words + [f"out={tmp_path / 'run'}"] if len(words) > 1 and not words[1].startswith("out=") else words
-    done = subprocess.run([sys.executable, "grpo.py", *words], capture_output=True, text=True)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == done.stderr.splitlines()[-1:]
-    assert not (tmp_path / "run").exists()
+MISTAKES = {
+    "seed": "'seed': expected key=value",
+    "profile=no": "profile=no",
+    "sed=1": "'sed'.*Did you mean: 'seed'",
+    "generator.num_step=4": "Did you mean: 'num_steps'.*generator.num_step",
+    "learners={semantic: {treshold: 1}}": "Did you mean: 'threshold'",
+    "seed=true": "'True'.* seed",
+    "seed=1.5": "'1.5'.* seed",
+    "generator.lr=fast": "'fast'.* generator.lr",
+    "generator.sde=ddpm": "'ddpm'.*'cps'.* generator.sde",
+    "generator.lr=.inf": "generator.lr: inf",
+    "generator.window=10": "generator.window: 10; expected less than num_steps",
+    "stages=[{images: 0}]": "stages.0.images: 0; expected",
+    "stages=[{images: 1}]": "stages.0.*group of one",
+    "stages=[{keep_original: false}]": "no text to draw",
+    "updates=2": "prompts: 9; expected a multiple of 2",
+    "refiner=null": "refiner is null",
+    "generator.sde=ode": "generator.sde: ode",
+    "learners={smooth: {}}": "learners.smooth",
+    "rewards.train.semantic.kind=clasifier": "semantic.*'clasifier'",
+    "prompts=no.txt": "no.txt",
+    "generator.model=tests": "tests has no model_index.json",
+    "out=tests": "out: tests is in use; choose another",
+}
+
+
+@pytest.mark.parametrize("word, message", MISTAKES.items(), ids=MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(refused, tmp_path, word, message):
+    """It names key and value; and nothing is left that would stand in the way of the next try."""
+    for _ in range(2):
+        assert re.search(
+            message, refused("config.yaml", f"out={tmp_path}/out", word)
+        )
+
+
+def test_a_bad_config_file_is_one_line(refused, tmp_path):
+    """None, a missing one, one that says a key twice and one that is not YAML"""
+    assert "python grpo.py config.yaml" in refused()
+    assert "no.yaml" in refused("no.yaml")
+    for text in ("seed: 1\nseed: 2", "seed: ["):
+        (tmp_path / "bad.yaml").write_text(text)
+        assert "bad.yaml" in refused(str(tmp_path / "bad.yaml"))
+
+
+def test_a_bug_keeps_its_traceback(few, monkeypatch):
+    """What is no ConfigError passes through `cli` as it was raised, or nobody could mend it."""
+    monkeypatch.setattr(grpo.Run, "step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        grpo.cli(lambda: grpo.train(few()))
+
+
+# ---------------------------------------------------------------- the house
+
+STOREYS = [
+    "common",
+    "kernels ranks pipeline",
+    "generator refiner reward folder plots",
+    "learner vlm omniaid",
+    "grpo",
+    "bench sample",
+]
+
+
+def test_arrows_go_one_way():
+    """A file imports only what stands on a lower storey, so that there is no circle to understand at once."""
+    storey = {name: i for i, names in enumerate(STOREYS) for name in names.split()}
+    for name, text in SOURCES.items():
+        found = re.findall(
+            r"^ *(?:from|import) (?:rewards\.)?(\w+)", text, re.MULTILINE
+        )
+        assert max([storey.get(other, -1) for other in found]) < storey[name], name
+
+
+def test_two_uses_never_draw_the_same_noise(few, spy):
+    """numpy pads a seed with zeros: without its word a window would draw what the first picture draws."""
+    cfg = few(stage=JOINT)
+    run = grpo.Run(cfg)
+    calls = [spy(module, "rng") for module in (grpo, generator, refiner)]
+    run.step(cfg.stages[0], 0)
+    run.evaluate(cfg.stages[0])
+    keys = sum(calls, [])
+    assert len({rng(*key).random() for key in keys}) == len(keys) > 30
 
 
 # ---------------------------------------------------------------- advantages and loss
 
 
-def test_advantages_of_a_group_sum_to_zero_and_weights_scale_them():
-    """Per prompt group and per reward; a reward's own scale does not matter, its weight does."""
-    g = torch.Generator().manual_seed(0)
-    a, b = torch.randn(12, generator=g), torch.randn(12, generator=g)
-    both = grpo.advantages({"a": a, "b": b}, {"a": 1.0, "b": 0.5}, 3)
-    torch.testing.assert_close(both.view(3, 4).sum(1), torch.zeros(3), atol=1e-4, rtol=0)
-    torch.testing.assert_close(
-        grpo.advantages({"a": 100 * a + 7, "b": b}, {"a": 1.0, "b": 0.5}, 3), both, atol=2e-3, rtol=0
-    )
-    by_hand = [
-        (x - a[4:8].mean()) / (a[4:8].std(correction=0) + 1e-4)
-        + 0.5 * (y - b[4:8].mean()) / (b[4:8].std(correction=0) + 1e-4)
-        for x, y in zip(a[4:8], b[4:8])
-    ]
-    torch.testing.assert_close(both[4:8], torch.stack(by_hand))
+def test_advantages_of_a_group_sum_to_zero():
+    """Each is the weighted sum of standardised rewards; so a reward's own scale does not matter."""
+    a, b = torch.randn(2, 12)
+    both = grpo.advantages({"a": a, "b": b}, {"a": 1.0, "b": 0.5}, 3)  # (3, 4)
+    torch.testing.assert_close(both.sum(1), torch.zeros(3), atol=1e-5, rtol=0)
+    scaled = grpo.advantages({"a": 100 * a + 7, "b": b}, {"a": 1.0, "b": 0.5}, 3)
+    torch.testing.assert_close(scaled, both, atol=2e-3, rtol=0)
+    by_hand = torch.zeros(4)
+    for weight, r in ((1.0, a[4:8]), (0.5, b[4:8])):  # the second group
+        by_hand += weight * (r - r.mean()) / (r.std(correction=0) + 1e-4)
+    torch.testing.assert_close(both[1], by_hand)
 
 
 def test_advantages_are_clipped_to_five():
-    """One outlier in 100 would be at 9.9 standard deviations."""
-    r = torch.zeros(100)
-    r[3] = 1.0
-    assert grpo.advantages({"a": r}, {"a": 1.0}, 1).max() == 5.0
+    """One outlier of 100 would stand at 9.9 standard deviations."""
+    rewards = torch.zeros(100)
+    rewards[3] = 1.0
+    assert grpo.advantages({"a": rewards}, {"a": 1.0}, 1).max() == 5.0
 
 
 def test_a_group_of_equal_rewards_gives_nothing():
-    """Its advantages are 0 and zero_std marks it; two prompts with the same text stay two groups."""
-    r = torch.tensor([0.3, 0.3, 0.3, 0.1, 0.2, 0.3])
-    assert grpo.advantages({"a": r}, {"a": 1.0}, 2)[:3].abs().max() < 1e-3
-    assert grpo.zero_std({"a": r, "b": torch.zeros(6)}, 2).tolist() == [True, False]
+    """Rounding is no advantage."""
+    rewards = torch.tensor([0.3, 0.3, 0.3 + 1e-7, 0.1, 0.2, 0.3])
+    first, second = grpo.advantages({"a": rewards}, {"a": 1.0}, 2)
+    assert first.abs().max() < 1e-3
+    assert second.abs().max() > 1
 
 
-def test_clipped_loss_is_the_pessimistic_bound():
-    """At ratio 1 the gradient is -A; beyond the clip range in the direction of A it is 0; on the other side it is not clipped."""
-    for log_ratio, advantage, gradient in [
-        (0.0, 2.0, -2.0),
-        (0.5, 2.0, 0.0),
-        (-0.5, 2.0, -2.0 * 2.718281828**-0.5),
-        (-0.5, -2.0, 0.0),
-        (0.5, -2.0, 2.0 * 2.718281828**0.5),
-    ]:
-        x = torch.tensor([log_ratio], requires_grad=True)
-        loss, clipped = grpo.clipped_loss(x, torch.tensor([advantage]), 0.2)
-        loss.sum().backward()
-        assert x.grad.item() == pytest.approx(gradient, rel=1e-5) and clipped.item() == (gradient == 0)
+# ratio, advantage, slope of the loss in the log-ratio
+SLOPES = [(1, 2, -2), (2, 2, 0), (0.5, 2, -1), (0.5, -2, 0), (2, -2, 4)]
+
+
+@pytest.mark.parametrize("ratio, advantage, slope", SLOPES)
+def test_clipped_loss_is_the_pessimistic_bound(ratio, advantage, slope):
+    """At ratio 1 its slope is -A, beyond the clip range on the side of A it is 0, on the other -ratio A."""
+    log_ratio = torch.tensor([[float(ratio)]]).log().requires_grad_()
+    loss, clipped = grpo.clipped_loss(
+        log_ratio, torch.tensor([[advantage]]), 0.2, 0.28
+    )
+    loss.sum().backward()
+    bound = min(max(ratio, 0.8), 1.28)
+    assert loss.item() == pytest.approx(-min(ratio * advantage, bound * advantage))
+    assert log_ratio.grad.item() == pytest.approx(slope)
+    assert clipped.item() == (slope == 0)
+
+
+def test_in_a_joint_stage_either_policy_has_its_own_groups(few, monkeypatch):
+    """A picture is compared with those of its text, a rewrite with the texts of its prompt."""
+    cfg = few("refiner.format_penalty=0", stage=JOINT)
+    run = grpo.Run(cfg)
+    given = {}
+    scores = {"bright": torch.randn(18), "smooth": torch.zeros(18)}  # P*N*M
+    monkeypatch.setattr(run, "score", lambda *_: scores)
+
+    def update(name, record, advantage):
+        given[name] = advantage
+        return {}
+
+    monkeypatch.setattr(run, "update", update)
+    run.step(cfg.stages[0], 0)
+    pictures = given["generator"].view(6, 3)  # (P*N, M)
+    torch.testing.assert_close(pictures.sum(1), torch.zeros(6), atol=1e-5, rtol=0)
+    texts = grpo.standardise(scores["bright"].view(2, 3, 3).mean(2))  # (P, N)
+    torch.testing.assert_close(
+        given["refiner"], texts[:, 1:]
+    )  # nobody chose the user's words
+
+
+# ---------------------------------------------------------------- whole steps
+
+
+@pytest.mark.parametrize("stage", [REFINER, GENERATOR, JOINT], ids=KINDS)
+def test_a_step_moves_only_the_lora_of_what_the_stage_trains(few, stage):
+    """Base weights, autoencoder and text encoders never move, nor does the LoRA of a frozen policy."""
+    cfg = few(stage=stage)
+    run = grpo.Run(cfg)
+    models = torch.nn.ModuleDict({"refiner": run.refiner.model})
+    models["generator"] = run.generator.transformer
+    models["vae"] = run.generator.pipe.vae
+    models["t5"] = run.generator.pipe.text_encoder_2
+    before = {name: p.clone() for name, p in models.named_parameters()}
+    rows = [run.step(cfg.stages[0], iteration) for iteration in range(2)]
+    after = dict(models.named_parameters())
+    moved = [name for name in after if not torch.equal(after[name], before[name])]
+    policies = {"generator", "refiner"}
+    trained = policies & {name.partition(".")[0] for name in moved}
+    assert trained == (policies if stage == JOINT else {cfg.stages[0].train})
+    assert all(
+        name.partition(".")[0] in trained and "lora_" in name for name in moved
+    )
+    for row in rows:
+        assert policies & {*row} == trained
+        assert all(row[name]["grad_norm"] > 0 for name in trained)
+
+
+@pytest.mark.parametrize("stage", [REFINER, GENERATOR, JOINT], ids=KINDS)
+def test_batches_are_prompt_major(few, spy, stage):
+    """Rewards see what the user typed, the generator the texts; with rewrites: 0 those are the user's words.
+
+    In a refiner stage the texts of a prompt are drawn on the same noise, elsewhere each picture has its own.
+    """
+    cfg = few(stage=stage)
+    run = grpo.Run(cfg)
+    stage = cfg.stages[0]
+    drawn = spy(run.generator, "rollout")
+    scored = spy(run, "score")
+    run.step(stage, 0)
+    texts, keys, _ = drawn[0]
+    words = scored[0][2]
+    N, M = stage.texts, stage.images
+    assert words == [
+        prompt for prompt in run.next_prompts(0, 2) for _ in range(N * M)
+    ]
+    assert [texts[i] for i in range(0, len(texts), M) for _ in range(M)] == texts
+    assert (texts == words) == (stage.rewrites == 0)
+    assert not stage.keep_original or texts[:M] == words[:M]
+    if stage.train == "refiner":
+        assert keys == keys[:M] * N + keys[-M:] * N
+    else:
+        assert len({*keys}) == 2 * N * M
+
+
+def test_gradients_do_not_depend_on_the_micro_batch(few, monkeypatch):
+    """All pictures and rewrites at once or in fives: one gradient for either policy."""
+    kept = []
+
+    def keep(run, name):
+        kept.append(
+            torch.cat([p.grad.flatten() for p in run.policies[name].parameters()])
+        )
+        return 0.0
+
+    monkeypatch.setattr(grpo.Run, "optimize", keep)
+    for micro_batch in (18, 5):
+        cfg = few(f"micro_batch={micro_batch}", stage=JOINT)
+        grpo.Run(cfg).step(cfg.stages[0], 0)
+    for whole, split in zip(kept[:2], kept[2:]):
+        assert whole.norm() > 0
+        assert (whole - split).norm() < 1e-3 * whole.norm()
+
+
+def test_figures_do_not_grow_with_updates(few):
+    """At rates too low to move anything, two updates report the loss, KL, clip share and entropy of one."""
+    words = ["refiner.loss=grpo", "refiner.beta=0.5", "micro_batch=18"]
+    cfg = few("generator.lr=1e-12", "refiner.lr=1e-12", *words, stage=JOINT)
+    run = grpo.Run(cfg)
+    for policy, std in ((run.generator, 1.0), (run.refiner, 0.05)):
+        for p in policy.parameters():
+            p.data += std * torch.randn(p.shape)  # or the KL would be 0
+    rows = []
+    for cfg.updates in (1, 2):
+        row = flat(run.step(cfg.stages[0], 0))
+        rows.append(
+            {name: value for name, value in row.items() if "grad_norm" not in name}
+        )
+    assert rows[1] == pytest.approx(rows[0], rel=0.01)
+    for name in ("generator/kl", "refiner/kl", "refiner/entropy"):
+        assert rows[0][name] > 1e-3
+
+
+def test_the_second_update_compares_with_the_rollout(few, spy):
+    """The ratio is 1 in the first, and no longer in the second, whose weights are not those that drew."""
+    cfg = few("updates=2", "micro_batch=9", stage=JOINT)
+    losses = spy(grpo, "clipped_loss")
+    run = grpo.Run(cfg)
+    run.step(cfg.stages[0], 0)
+    change = [log_ratio.abs().max().item() for log_ratio, *_ in losses]
+    pictures = change[:4]  # of 2 updates, each on the 2 steps of the window
+    rewrites = change[4:]
+    assert max(*pictures[:2], rewrites[0]) < 1e-6
+    assert min(*pictures[2:], rewrites[1]) > 1e-5
+
+
+def test_every_prompt_is_drawn_once_before_any_is_drawn_twice():
+    """Across the border of two epochs too, each of which has an order of its own."""
+    run = SimpleNamespace(prompts=[*"abcde"], cfg=grpo.Config())
+    drawn = sum(
+        (grpo.Run.next_prompts(run, iteration, 2) for iteration in range(5)), []
+    )
+    assert sorted(drawn[:5]) == sorted(drawn[5:]) == run.prompts
+    assert drawn[:5] != drawn[5:]
+
+
+# ---------------------------------------------------------------- what is kept
+
+# score, reward and alignment of four looks; at the third the alignment has fallen too far
+LOOKS = [(0.1, 0.3, 0.5), (0.3, 0.2, 0.5), (0.9, 0.9, 0.4), (0.2, 0.25, 0.49)]
+
+
+@pytest.mark.parametrize("keep, step", [("score", 1), ("reward", 0), ("last", 3)])
+def test_keep_says_which_look_is_kept(tmp_path, keep, step):
+    """Of those at which no reward of keep_within fell too far; a reward that is absent forbids nothing.
+
+    The stage ends with the weights of that look.
+    """
+    (tmp_path / "samples").mkdir()
+    cfg = grpo.Config(out=str(tmp_path), keep=keep, eval_images=1)
+    cfg.keep_within = {"alignment": 0.02, "absent": 0.1}
+    run = SimpleNamespace(cfg=cfg, weights={"alignment": 1.0}, phase=nullcontext)
+    run.tensors = lambda: {"generator": {"lora": lora}}
+    run.evaluate = lambda stage: (figures, torch.zeros(2, 3, 8, 8))
+    lora = torch.zeros(1)
+    progress = {"iteration": 0, "first": None, "best": None}
+    for values in LOOKS:
+        figures = dict(zip(("score", "reward", "train_alignment"), values))
+        grpo.look(run, grpo.StageConfig(), progress)
+        progress["iteration"] += 1
+        lora += 1
+    kept = []
+    run.set_tensors = kept.append
+    run.policies = {}
+    rows = [{"step": 0, "stage": "0 generator", "validation": {"score": 0.1}}]
+    log = SimpleNamespace(rows=rows, say=print)
+    grpo.finish_stage(run, grpo.StageConfig(), progress | {"stage": 0}, log)
+    assert kept[0]["generator"]["lora"].item() == step
+
+
+FORK = [
+    "rewards.train.smooth=null",
+    "rewards.validation.bright=null",
+    "keep=reward",
+]
+FORK += [
+    "keep_within={alignment: 0.02}",
+    "eval_images=4",
+    "eval_every=4",
+    "micro_batch=32",
+]
+FORK += ["generator.lr=5e-2", "generator.beta=0", "generator.ema=0.5"]
+FORK += ["generator.clip_range=0.1"]
+
+
+@pytest.mark.parametrize("ratio", ["guard", "ppo"])
+def test_a_reward_of_ones_own_rises_and_its_weights_are_kept(few, ratio):
+    """Brightness, with no judge beside it: it rises on prompts and noise that never trained."""
+    stage = "train: generator, steps: 8, prompts: 4, images: 8"
+    cfg = few(*FORK, f"generator.ratio={ratio}", stage=stage)
+    grpo.train(cfg)
+    rows = [json.loads(line) for line in open(f"{cfg.out}/metrics.jsonl")]
+    looks = [row["validation"]["reward"] for row in rows if "validation" in row]
+    assert looks == sorted(looks)
+    assert looks[-1] - looks[0] > 0.05 * rows[0]["reward_std"]
+    run = grpo.Run(cfg, train=False)
+    run.generator.load(f"{cfg.out}/generator")
+    assert all(
+        p.any() for name, p in run.generator.lora.items() if "lora_B" in name
+    )
+
+
+def test_a_toy_reward_rises_for_the_refiner(few, monkeypatch):
+    """A reward on a rewrite's words: the share of rewrites that hold them grows."""
+    stage = "train: refiner, steps: 8, prompts: 4, images: 1, rewrites: 8, keep_original: no"
+    cfg = few(
+        "refiner.lr=3e-3",
+        "refiner.max_new_tokens=20",
+        "micro_batch=32",
+        stage=stage,
+    )
+    run = grpo.Run(cfg)
+
+    def rollout(texts, keys, window):
+        bright = torch.tensor([float("photo" in text) for text in texts])
+        return bright.view(-1, 1, 1, 1).expand(-1, 3, 16, 16), None
+
+    monkeypatch.setattr(run.generator, "rollout", rollout)
+    share = [run.step(cfg.stages[0], i)["rewards"]["bright"] for i in range(8)]
+    assert sum(share[-3:]) / 3 > sum(share[:2]) / 2 + 0.2
+
+
+# ---------------------------------------------------------------- a run
+
+
+def test_a_run_that_diverges_says_so(few, refused, tmp_path):
+    """It names the rate to lower, and no resume, which would diverge again."""
+    few(stage=GENERATOR)
+    line = refused(
+        str(tmp_path / "config.yaml"), "generator.lr=1e30", "eval_every=9"
+    )
+    assert "diverged" in line
+    assert "generator.lr" in line
+    assert "resume" not in line
+
+
+def test_a_run_writes_what_it_says(few, refused, tmp_path, monkeypatch):
+    """Rows, which a tracker gets too, a config that loads to the same, pictures, LoRAs for stock classes.
+
+    A second run on the same folder is refused, and nothing in it changes.
+    """
+    sent = []
+
+    def log(row, step):
+        sent.append((step, row["validation/kid"]))
+
+    tracker = SimpleNamespace(init=lambda **_: None, log=log, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    stages = f"stages=[{{{REFINER}}}, {{{JOINT}}}]"
+    cfg = few(stages, "log=trackio")
+    grpo.train(cfg)
+    out = tmp_path / "out"
+    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    assert [row["step"] for row in rows if "reward" in row] == [0, 1]
+    assert [(row["step"], row["validation"]["kid"]) for row in rows] == sent
+    assert grpo.load_config([str(out / "config.yaml")]) == cfg
+    names = {path.name for path in out.rglob("*.png")}
+    assert names >= {"curves.png", "00000_refiner.png", "before_after_1_joint.png"}
+    pipe = FluxPipeline.from_pretrained(cfg.generator.model)
+    pipe.load_lora_weights(out / "generator")
+    language = AutoModelForCausalLM.from_pretrained(cfg.refiner.model)
+    for model in (
+        pipe.transformer,
+        PeftModel.from_pretrained(language, out / "refiner"),
+    ):
+        assert any("lora_B" in name for name, _ in model.named_parameters())
+    assert "is in use" in refused(str(tmp_path / "config.yaml"), stages)
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == len(rows)

@@ -1,0 +1,160 @@
+"""What every file here needs: one kind of user error, bounds, counted noise, whole weights."""
+
+import math
+import re
+import zlib
+from contextlib import contextmanager
+from dataclasses import field, fields, is_dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+
+# ---------------------------------------------------------------- errors
+
+
+class ConfigError(Exception):
+    """A user's mistake, in one line: value, expectation, remedy. `grpo.cli` prints it and exits with 2.
+
+    Nothing else becomes one line: a bug, in a fork too, keeps its traceback.
+    """
+
+
+@contextmanager
+def loading(path):
+    """Inside, whatever a library raises for a file or a model is a ConfigError with path and reason."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # what libraries raise for a damaged file has no common kind
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{path} cannot be loaded: {type(error).__name__}: {reason}") from error
+
+
+# ---------------------------------------------------------------- bounds
+
+BOUNDS = {
+    "positive": (lambda x: x > 0, "above 0"),
+    "natural": (lambda x: x >= 0, "0 or more"),
+    "share": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "decay": (lambda x: 0 <= x < 1, "0 or more and below 1"),
+}
+
+
+def bounded(bound, default):
+    """A config field with a bound of BOUNDS by its name: `lr: float = bounded("positive", 1e-3)`"""
+    return field(default=default, metadata={"bound": bound})
+
+
+def check_bounds(value, where="", bound=None):
+    """ConfigError where a field of a config, or of what it holds, is outside its bound or not finite."""
+    if is_dataclass(value):
+        parts = [(f.name, getattr(value, f.name), f.metadata.get("bound")) for f in fields(value)]
+    elif isinstance(value, dict):
+        parts = [(name, part, None) for name, part in value.items()]
+    elif isinstance(value, list):
+        parts = [(str(i), part, None) for i, part in enumerate(value)]
+    else:
+        parts = []
+    for name, part, part_bound in parts:
+        if name == "key" and isinstance(part, str) and not re.fullmatch("[A-Z_][A-Z0-9_]*|", part):
+            # a key that was typed would be copied to config.yaml; it is not printed either
+            raise ConfigError(f"{where}.key: expected the name of an environment variable, not a key")
+        check_bounds(part, f"{where}.{name}" if where else name, part_bound)
+    if hasattr(value, "check"):  # what a config's fields must be together
+        value.check()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: {value}; expected a finite number")
+    if isinstance(value, str) and value.encode(errors="ignore").decode() != value:
+        raise ConfigError(f"{where}: {value!r}; expected text without lone surrogates")
+    if bound and value is not None and not BOUNDS[bound][0](value):
+        raise ConfigError(f"{where}: {value}; expected a number {BOUNDS[bound][1]}")
+
+
+# ---------------------------------------------------------------- noise
+
+
+def rng(use, *numbers):
+    """A random generator that follows from its use and from numbers: (seed, iteration, prompt, sample).
+
+    Noise is counted, never stateful: a batch may be split in any way, ranks change nothing and resume
+    needs no state. The word comes first because numpy pads a seed with zeros: (s, i, p) would draw what
+    (s, i, p, 0) draws.
+    """
+    return np.random.default_rng([zlib.crc32(use.encode()), *numbers])
+
+
+# ---------------------------------------------------------------- weights
+
+
+def check_folder(path, file):
+    """ConfigError for a local folder without `file`, and for what is neither a folder nor a Hub's name."""
+    local = Path(path)
+    if local.exists() and not (local / file).is_file():
+        raise ConfigError(f"{path} has no {file}; expected a folder of save_pretrained")
+    # before 40 seconds of retries
+    if not local.exists() and (len(local.parts) != 2 or Path(local.parts[0]).exists()):
+        raise ConfigError(
+            f"{path} is no folder; expected one of save_pretrained, or a Hub repository owner/name"
+        )
+
+
+def load_model(cls, path, **options):
+    """cls.from_pretrained(path), with all weights from the file: what is missing would silently be random"""
+    with loading(path):
+        model, info = cls.from_pretrained(path, output_loading_info=True, **options)
+        for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[fault]:
+                raise ConfigError(
+                    f"{path}: weights do not match {type(model).__name__}: {fault} {few(info[fault])}"
+                )
+        check_finite(path, model.state_dict())
+    return model
+
+
+def check_finite(path, tensors):
+    """ConfigError for {name: tensor} that holds NaN or infinity"""
+    bad = [
+        name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()
+    ]
+    if bad:
+        raise ConfigError(f"{path}: not finite: {few(bad)}; expected whole weights")
+
+
+def check_adapter(file, expected):
+    """ConfigError unless an adapter's file holds just the `expected` {name: tensor}, all finite."""
+    with loading(file):
+        with safe_open(file, "pt") as opened:
+            found = {name: opened.get_tensor(name) for name in opened.keys()}
+    wrong = set(found) ^ set(expected) or {
+        n for n, t in found.items() if t.shape != expected[n].shape
+    }
+    if wrong:
+        raise ConfigError(
+            f"{file}: not the LoRA of this model: {few(sorted(wrong))}; expected one that was saved for it"
+        )
+    check_finite(file, found)
+
+
+def few(names, most=4):
+    """The first names of many, for a message of one line"""
+    names = [str(name) for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def check_tokenizer(path, tokenizer):
+    """ConfigError for a tokenizer without its vocabulary: a missing file gives an empty one."""
+    with loading(path):
+        text = tokenizer.decode(tokenizer("a photo").input_ids)
+    if "photo" not in text:
+        raise ConfigError(
+            f"{path}: its tokenizer reads {'a photo'!r} as {text!r}; expected one with its vocabulary"
+        )
+
+
+def torch_seed(use, *numbers):
+    """A seed for torch's own generators, counted as `rng` is"""
+    return int(rng(use, *numbers).integers(2**31))

@@ -1,0 +1,230 @@
+"""The folder of a run, <out>/: its lock, its log, and the checkpoints that it goes on from.
+
+    metrics.jsonl, config.yaml, curves.png, samples/    for people
+    generator/, refiner/                                LoRAs of the best look, for stock diffusers and peft
+    checkpoint/<iteration>.<stage>.pt                   for resume=true, to the same result to the bit
+
+A checkpoint holds no random generator: all that a step draws follows from (seed, iteration), see
+common.rng.
+"""
+
+import importlib
+import json
+import os
+import resource
+import sys
+import zipfile
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import diffusers
+import filelock
+import torch
+import transformers
+from omegaconf import OmegaConf
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+import ranks
+from common import ConfigError, check_finite, loading
+
+# what the line of a step shows, besides its look
+SHOWN = (
+    "reward",
+    "generator/kl",
+    "generator/grad_norm",
+    "refiner/kl",
+    "refiner/grad_norm",
+    "refiner/cue_share",
+)
+# what a resumed run may change: where it runs, what it shows, and what only the bench reads
+FREE = {
+    "out",
+    "resume",
+    "device",
+    "save_every",
+    "micro_batch",
+    "log",
+    "bench",
+    "test_prompts",
+    "test_photos",
+}
+
+
+@contextmanager
+def lock(cfg):
+    """Inside, the folder is ours. One that is in use is never overwritten."""
+    out = Path(cfg.out)
+    if ranks.RANK:  # rank 0 writes and prints
+        sys.stdout = open(os.devnull, "w")
+        yield
+        return
+    if not cfg.resume and out.exists() and any(path.name != "run.lock" for path in out.iterdir()):
+        raise ConfigError(
+            f"out: {out} is in use; choose another with out=NAME, or go on with resume=true"
+        )
+    for folder in ("samples", "checkpoint"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(out / "run.lock", blocking=False):
+            yield
+    except filelock.Timeout:
+        raise ConfigError(
+            f"out: another run is at work in {out}; choose another with out=NAME"
+        ) from None
+
+
+# ---------------------------------------------------------------- the log
+
+
+def flat(row, prefix=""):
+    """{"rewards": {"semantic": r}} -> {"rewards/semantic": r}"""
+    result = {}
+    for key, value in row.items():
+        result |= (
+            flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return result
+
+
+class Log:
+    """metrics.jsonl, a line a step for people, the progress bar and, where `log` names one, a tracker."""
+
+    def __init__(self, run, rows):
+        """rows: those of a resumed run, which are written again"""
+        cfg = run.cfg
+        self.rows = rows
+        self.out = Path(cfg.out)
+        self.tracker = None
+        self.file = open(self.out / "metrics.jsonl" if ranks.RANK == 0 else os.devnull, "w")
+        self.file.writelines(json.dumps(row) + "\n" for row in rows)
+        steps = sum(stage.steps for stage in cfg.stages)
+        done = sum("reward" in row for row in rows)
+        self.bar = tqdm(
+            total=steps, initial=done, desc="train", smoothing=0.1, disable=ranks.RANK > 0
+        )
+        if ranks.RANK == 0:
+            OmegaConf.save(OmegaConf.create(asdict(cfg)), self.out / "config.yaml")
+        if ranks.RANK == 0 and cfg.log:  # wandb and trackio speak the same three calls
+            with loading(f"log: {cfg.log}"):
+                self.tracker = importlib.import_module(cfg.log)
+                self.tracker.init(project="nanoRealGen", name=cfg.out, config=asdict(cfg))
+        libraries = (torch, diffusers, transformers)
+        versions = ", ".join(f"{library.__name__} {library.__version__}" for library in libraries)
+        self.say(
+            f"{versions}; {run.device} x {ranks.WORLD}, {torch.get_num_threads()} threads, {cfg.dtype}"
+        )
+        for name, policy in run.policies.items():
+            lora = sum(p.numel() for p in policy.parameters())
+            self.say(f"{name}: {policy.cfg.model}, LoRA of {lora / 1e6:.2f} M")
+        for stage in cfg.stages:
+            images = f"{stage.prompts} prompts x {stage.texts} texts x {stage.images} images"
+            self.say(f"{stage.train}: {stage.steps} steps of {images}")
+
+    def say(self, text):
+        self.bar.write(text)
+
+    def record(self, row):
+        """A row of metrics, at its step; ConfigError where a policy has diverged"""
+        row["seconds"] = {name: round(s, 3) for name, s in row["seconds"].items()}
+        row = json.loads(json.dumps(row), parse_constant=lambda _: None)  # JSON knows no NaN
+        self.rows.append(row)
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.tracker:
+            self.tracker.log(flat(row), step=row["step"])
+        parts = [
+            f"{name} {value:.3g}"
+            for name, value in flat(row).items()
+            if name in SHOWN and value is not None
+        ]
+        parts += [f"{name} {value:.3f}" for name, value in row.get("validation", {}).items()]
+        for name, learnt in row.get("detectors", {}).items():
+            parts.append(
+                f"{name} learnt {learnt['steps']} steps, accuracy {learnt['accuracy_after']:.3f}"
+            )
+        self.say(f"step {row['step']:4d} {row['stage']}: " + ", ".join(parts))
+        self.bar.update("reward" in row)
+        for name in ("generator", "refiner"):
+            norms = [row[name]["grad_norm"] for row in self.rows if name in row][-3:]
+            if norms == [None] * 3:
+                raise ConfigError(
+                    f"{name}: three gradients in a row are not finite: it has diverged; lower its lr"
+                )
+
+    def close(self):
+        """Says where the time went."""
+        seconds = {}
+        for row in self.rows:
+            for name, s in row["seconds"].items():
+                seconds[name] = seconds.get(name, 0.0) + s
+        parts = ", ".join(f"{name} {s:.0f}" for name, s in seconds.items())
+        total = f"in all {sum(seconds.values()):.0f}. Peak memory {peak_memory():.1f} GiB"
+        self.say(f"seconds: {parts}; {total}. Wrote {self.out}/")
+        self.bar.close()
+        self.file.close()
+        if self.tracker:
+            self.tracker.finish()
+
+
+def peak_memory():
+    """GiB of this process; ru_maxrss is in bytes on macOS and in KiB elsewhere"""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (
+        30 if sys.platform == "darwin" else 20
+    )
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def checkpoints(out):
+    """The checkpoints of a run, newest first"""
+    return sorted((Path(out) / "checkpoint").glob("*.pt"), reverse=True)
+
+
+def identity(cfg):
+    """What a resumed run shares with its checkpoint: the config but FREE, and its prompt files"""
+    values = {key: value for key, value in asdict(cfg).items() if key not in FREE}
+    files = {key: Path(getattr(cfg, key)).read_text() for key in ("prompts", "validation_prompts")}
+    return values | {f"{key}'s file": text for key, text in files.items()}
+
+
+def save_checkpoint(cfg, state, progress):
+    """One file, written beside and renamed, so that each *.pt is whole; the last two stay."""
+    if ranks.RANK == 0:
+        folder = Path(cfg.out) / "checkpoint"
+        with open(folder / "writing", "wb") as file:
+            torch.save({"identity": identity(cfg), "state": state, "progress": progress}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(
+            folder / "writing", folder / f"{progress['iteration']:06d}.{progress['stage']:02d}.pt"
+        )
+        for old in checkpoints(cfg.out)[2:]:
+            old.unlink()
+
+
+def load_checkpoint(cfg, restore):
+    """restore(state) of the newest checkpoint that can be read -> its progress"""
+    for path in checkpoints(cfg.out):
+        try:
+            with loading(path):
+                if zipfile.ZipFile(path).testzip():
+                    raise ConfigError(f"{path}: its checksums do not match")
+                saved = torch.load(path, map_location="cpu", weights_only=True)
+                check_finite(path, {"tensors": t for t in tree_leaves(saved) if torch.is_tensor(t)})
+                changed = [
+                    key for key, value in identity(cfg).items() if saved["identity"][key] != value
+                ]
+                if not changed:
+                    restore(saved["state"])
+        except ConfigError as error:
+            print(f"resume: {error}; falls back to the one before")
+            continue
+        if changed:
+            remedy = "set it back, or train anew with out=NAME"
+            raise ConfigError(f"resume: {changed[0]} is not what {path} was written with; {remedy}")
+        print(f"resume: goes on from {path}")
+        return saved["progress"]
+    raise ConfigError(f"resume: no checkpoint of {cfg.out} can be read; train anew with out=NAME")

@@ -1,0 +1,193 @@
+"""A stock diffusers pipeline, called with noise and prompts of ours: the plumbing under generator.py.
+
+Nothing here knows a family of pipelines. Two methods of the instance are wrapped while it runs:
+`prepare_latents` calls the original and puts our latents in the place of its own; `encode_prompt` encodes
+the distinct prompts of a rollout once and picks rows. So what a pipeline packs, masks or repeats stays
+its own business.
+"""
+
+import importlib
+import inspect
+from contextlib import contextmanager
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+
+from common import ConfigError, check_folder, check_tokenizer, load_model, loading
+
+
+# arguments of the call that are not generator.call's to set
+OURS = ("prompt", "height", "width", "num_inference_steps", "generator", "output_type", "return_dict")
+
+
+def load_pipeline(cfg, dtype):
+    """A stock pipeline with a flow-matching Euler scheduler, each model with all weights from its file"""
+    check_folder(cfg.model, "model_index.json")
+    with loading(cfg.model):
+        index = DiffusionPipeline.load_config(cfg.model)
+    parts = {}
+    for name, entry in index.items():
+        if isinstance(entry, list) and entry[0] in ("diffusers", "transformers"):
+            kind = getattr(importlib.import_module(entry[0]), entry[1])
+            if issubclass(kind, torch.nn.Module):
+                parts[name] = load_model(kind, cfg.model, subfolder=name, dtype=dtype)
+    with loading(cfg.model):
+        pipe = DiffusionPipeline.from_pretrained(cfg.model, dtype=dtype, **parts)
+    for name, part in pipe.components.items():
+        if name.startswith("tokenizer") and part is not None:
+            check_tokenizer(f"{cfg.model}/{name}", part)
+    if (
+        type(pipe.scheduler) is not FlowMatchEulerDiscreteScheduler
+        or "transformer" not in pipe.components
+    ):
+        found = f"{type(pipe).__name__} that samples with {type(pipe.scheduler).__name__}"
+        raise ConfigError(
+            f"generator.model: {cfg.model} is a {found}; expected a transformer and "
+            "FlowMatchEulerDiscreteScheduler"
+        )
+    if pipe.scheduler.config.get("stochastic_sampling"):
+        raise ConfigError(
+            f"generator.model: {cfg.model} has stochastic_sampling, which cannot be replayed"
+        )
+    with loading("generator.call"):
+        inspect.signature(pipe.__call__).bind_partial(**dict.fromkeys(OURS), **cfg.call)
+    return pipe
+
+
+# ---------------------------------------------------------------- prompts are encoded once
+
+
+def along_batch(work, results, two, three):
+    """work(parts, axis) on each part of several results of encode_prompt that has a batch axis
+
+    two, three: what it gave for two and for three texts. The batch axis is the one on which they differ.
+    """
+    # several values, not a list with one per text
+    if isinstance(two, (list, tuple)) and len(two) == len(three):
+        columns = zip(zip(*results), two, three)
+        return type(two)(along_batch(work, parts, *examples) for parts, *examples in columns)
+    if isinstance(two, list):
+        return work(results, 0)
+    if not torch.is_tensor(two) or two.shape == three.shape:
+        return results[0]
+    lengths = zip(two.shape, three.shape)
+    return work(results, next(axis for axis, (m, n) in enumerate(lengths) if m != n))
+
+
+def join(parts, axis):
+    return torch.cat(parts, axis) if torch.is_tensor(parts[0]) else sum(parts, [])
+
+
+class EncodeOnce:
+    """Takes the place of encode_prompt in a rollout and its replays; text encoders may wait on the CPU.
+
+    prompts: B texts. The distinct ones are encoded once for each set of other arguments, such as a
+    negative prompt.
+    """
+
+    def __init__(self, pipe, prompts, encoders, micro_batch):
+        self.encode_prompt = pipe.encode_prompt
+        self.prompts = prompts
+        self.encoders = encoders  # -> a context, inside which the text encoders can be called
+        self.micro_batch = micro_batch
+        self.distinct = list(dict.fromkeys(prompts))
+        self.chunk = []  # the prompts of the call under way
+        self.kept = {}
+
+    def __call__(self, *args, **kwargs):
+        arguments = inspect.signature(self.encode_prompt).bind(*args, **kwargs).arguments
+        key = repr(self.for_texts([""], arguments))
+        if key not in self.kept:
+            self.kept[key] = self.encode(arguments)
+        rows = [self.distinct.index(text) for text in self.chunk]
+
+        def pick(parts, axis):
+            if not torch.is_tensor(parts[0]):
+                return [parts[0][row] for row in rows]
+            return parts[0].index_select(axis, torch.tensor(rows, device=parts[0].device))
+
+        result, two, three = self.kept[key]
+        return along_batch(pick, [result], two, three)
+
+    def for_texts(self, texts, arguments):
+        """The arguments of a call for other texts: they replace the chunk's, other text is repeated."""
+        changed = dict(arguments)
+        for name, value in arguments.items():
+            if isinstance(value, list) and value == self.chunk:
+                changed[name] = texts
+            elif isinstance(value, list) and value and isinstance(value[0], str):
+                changed[name] = value[:1] * len(texts)
+        return changed
+
+    @torch.no_grad()
+    def encode(self, arguments):
+        """-> what the distinct prompts give, and the two examples that tell the batch axes"""
+
+        def call(texts):
+            return self.encode_prompt(**self.for_texts(texts, arguments))
+
+        texts = self.distinct
+        with self.encoders():
+            two = call(texts[:1] * 2)
+            three = call(texts[:1] * 3)
+            starts = range(0, len(texts), self.micro_batch)
+            parts = [call(texts[i : i + self.micro_batch]) for i in starts]
+            try:
+                result = along_batch(join, parts, two, three)
+            # each part is as long as its longest text: only together are they padded alike
+            except RuntimeError:
+                result = call(texts)
+        return result, two, three
+
+
+# ---------------------------------------------------------------- the call
+
+
+def call_pipeline(pipe, cfg, encode, rows, latents, output_type):
+    """The pipeline's own call for some rows of a rollout, without its no_grad -> what it draws, (b, ...)
+
+    latents: shape -> (b, *shape), what it starts from. Handing them over as the call's `latents` would
+    not do: FLUX.2 takes those in another shape than its scheduler sees.
+    """
+    encode.chunk = [encode.prompts[row] for row in rows]
+    arguments = dict(cfg.call)
+    if isinstance(arguments.get("negative_prompt"), str):
+        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(rows)
+    prepare_latents = pipe.prepare_latents
+
+    def prepare(*args, **kwargs):
+        made = prepare_latents(*args, **kwargs)
+        theirs = made[0] if isinstance(made, tuple) else made  # (b, ...)
+        ours = latents(theirs.shape[1:]).to(theirs)
+        return (ours, *made[1:]) if isinstance(made, tuple) else ours
+
+    pipe.encode_prompt = encode
+    pipe.prepare_latents = prepare
+    try:
+        return inspect.unwrap(type(pipe).__call__)(
+            pipe,
+            prompt=encode.chunk,
+            height=cfg.height,
+            width=cfg.width,
+            num_inference_steps=cfg.num_steps,
+            generator=torch.Generator(),  # for the latents that are replaced
+            output_type=output_type,
+            return_dict=False,
+            **arguments,
+        )[0]
+    finally:
+        del pipe.encode_prompt
+        del pipe.prepare_latents
+
+
+@contextmanager
+def visiting(pipe, encoders, device):
+    """Inside, the text encoders {name: module} are on the device; outside they wait on the CPU."""
+    for name, encoder in encoders.items():
+        setattr(pipe, name, encoder.to(device))
+    try:
+        yield
+    finally:
+        for name, encoder in encoders.items():
+            setattr(pipe, name, None)  # or the pipeline would take its device from them
+            encoder.to("cpu")

@@ -1,0 +1,324 @@
+"""Laws of rewards/: an answer's first token, the experts of OmniAID, what a server cannot do to a client."""
+
+import http.server
+import json
+import math
+import os
+import re
+import threading
+import time
+from contextlib import suppress
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+
+from common import ConfigError
+from reward import to_pil
+from rewards.omniaid import OmniAid
+from rewards.vlm import QUESTION, Endpoint, NoAnswer, Vlm
+
+
+def pictures(count, side):
+    """(B,3,H,W) in [0,1]"""
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+# ---------------------------------------------------------------- Vlm
+
+# a picture or a text of each message, as Qwen's own template has them
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def vlm(tmp_path_factory, pytestconfig):
+    """Folder of a tiny Qwen2.5-VL. Some spellings of the answers are one token, as in its real vocabulary."""
+    folder = tmp_path_factory.mktemp("vlm")
+    tokenizer = AutoTokenizer.from_pretrained(pytestconfig.rootpath / "nano/refiner")
+    marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer.add_tokens(marks, special_tokens=True)
+    tokenizer.add_tokens(["real", "Real", " real", "fake", "FAKE"])
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessorPil(size=dict(shortest_edge=28**2, longest_edge=56**2)).save_pretrained(folder)
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        rope_parameters=dict(rope_type="default", mrope_section=[2, 3, 3], rope_theta=1e4),
+    )
+    vision = dict(depth=2, hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=32)
+    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    torch.manual_seed(3)
+    model = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=image)
+    )
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.3)  # the default is so small that no picture matters
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_vlm_is_the_share_of_the_real_words_at_the_first_token(vlm):
+    """By hand, from the stock model's logits after the question: p(real) / (p(real) + p(fake))."""
+    reward = Vlm(vlm)
+    images = pictures(1, 56)
+    inputs = reward.inputs([to_pil(images)], [QUESTION])
+    p = reward.model(**inputs).logits[0, -1].softmax(-1)  # (V,)
+    ids = reward.processor.tokenizer.convert_tokens_to_ids
+    real = p[ids(["real", "Real", " real"])].sum()
+    fake = p[ids(["fake", "FAKE"])].sum()
+    torch.testing.assert_close(reward(images, [""])[0], real / (real + fake))
+
+
+def test_vlm_of_a_batch_is_that_of_each_picture(vlm):
+    """Questions of different lengths change nothing for each other; picture and {prompt} matter."""
+    reward = Vlm(vlm, question="Is this a photograph of {prompt}?")
+    images = pictures(2, 56)[[0, 1, 1]]
+    prompts = ["a cat", "a cat", "a very long sentence about a dog in the rain"]
+    together = reward(images, prompts)  # (B,)
+    alone = [reward(images[[i]], [prompts[i]]) for i in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-6)
+    assert reward.needs_prompt and len(together.unique()) == 3
+
+
+def test_vlm_replies_to_several_pictures(vlm):
+    """A greedy text, another one when the pictures change places."""
+    shown = to_pil(pictures(2, 56))
+    reward = Vlm(vlm)
+    assert reward.reply(shown, "Which?") != reward.reply(shown[::-1], "Which?")
+
+
+@pytest.mark.parametrize("args", [dict(real="photographic"), dict(fake=["Real"]), dict(dtype="float8")])
+def test_vlm_refuses_what_it_cannot_read(vlm, args):
+    """Words of several tokens, words of both sides, a dtype that is none."""
+    with pytest.raises(ConfigError, match="args.*expected"):
+        Vlm(vlm, **args)
+
+
+# ---------------------------------------------------------------- OmniAID
+
+
+def stock_vit():
+    """The CLIP ViT that a file of OmniAID is made from, tiny; the same at every call"""
+    shape = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(5)
+    vit = CLIPVisionModel(CLIPVisionConfig(**shape, patch_size=8, image_size=32))
+    for p in vit.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return vit.eval()
+
+
+# published name of a part -> the stock one
+NAMES = {"encoder_layers": "encoder.layers", "ln_pre": "pre_layrnorm", "ln_post": "post_layernorm"}
+DROPPED = {"v1": "^feature", "v2": "^nothing", "effort": r"^feature|^gating|experts\.[1-5]$"}
+
+
+def omniaid(version="v1"):
+    """A state dict under the published names
+
+    v2 has 6 experts and a router on a frozen CLIP; v1 has no such CLIP; effort has one expert and no router.
+    """
+    state = {f"feature_extractor.{name}": tensor for name, tensor in stock_vit().state_dict().items()}
+    for name, tensor in stock_vit().state_dict().items():
+        for published, stock in NAMES.items():
+            name = name.replace(stock, published)
+        state[name.replace("_proj.weight", "_proj.weight_main")] = tensor
+        if "_proj.weight" in name:
+            for e in range(6):
+                for part, shape in {"U": (128, 2), "S": (2,), "V": (2, 128)}.items():
+                    state[name.replace("weight", f"{part}_experts.{e}")] = 0.5 * torch.randn(shape)
+    network = "gating_network.network"
+    for layer, shape in {"head": (2, 128), f"{network}.0": (24, 128), f"{network}.2": (5, 24)}.items():
+        state[f"{layer}.weight"] = 0.3 * torch.randn(shape)
+        state[f"{layer}.bias"] = torch.randn(shape[0])
+    return {name: tensor for name, tensor in state.items() if not re.search(DROPPED[version], name)}
+
+
+def gates_by_hand(model, pixels):
+    """(B, E): a softmax over the two largest outputs of a router, and 1 for experts that it has none for"""
+    if model.gating_network is None:
+        return torch.ones(len(pixels), 1)
+    seen = stock_vit().embeddings(pixels)[:, 1:].mean(1)  # (B, D)
+    if model.feature_extractor is not None:
+        seen = stock_vit()(pixels).pooler_output  # (B, D)
+    outputs = model.gating_network["network"](seen)  # (B, 5)
+    outputs[outputs < outputs.topk(2).values[:, 1:]] = -math.inf
+    return torch.cat([outputs.softmax(-1), torch.ones(len(pixels), 1)], 1)
+
+
+@pytest.mark.parametrize("version,file", [("v1", "o.pth"), ("v2", "o.safetensors"), ("effort", "o.pth")])
+@torch.no_grad()
+def test_omniaid_is_the_stock_vit_with_a_sum_over_experts(tmp_path, version, file):
+    """A stock ViT whose projections are W + sum_i g_i U_i diag(S_i) V_i, picture by picture, and the head."""
+    state = omniaid(version)
+    save_file(state, tmp_path / "o.safetensors")
+    torch.save({"model": state, "epoch": 3}, tmp_path / "o.pth")
+    reward = OmniAid(str(tmp_path), file=file)
+    pixels = reward.preprocess(pictures(3, 48))  # (B,3,32,32)
+    logits = []
+    for i, gates in enumerate(gates_by_hand(reward.model, pixels)):
+        vit = stock_vit()
+        for name, projection in vit.named_modules():
+            if name.endswith("_proj"):
+                name = name.replace("encoder.layers", "encoder_layers")
+                for e, g in enumerate(gates):
+                    u, s, v = (state[f"{name}.{part}_experts.{e}"] for part in "USV")
+                    projection.weight += g * u @ s.diag() @ v
+        features = vit(pixels[[i]]).pooler_output[0]  # (D,)
+        logits.append(state["head.weight"] @ features + state["head.bias"])  # [real, fake]
+    expected = torch.stack(logits).softmax(-1)[:, 0]
+    torch.testing.assert_close(reward(pictures(3, 48), [""] * 3), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_omniaid_learns_with_head_and_experts(tmp_path):
+    """2 of the head; 2 layers of 4 projections with 6 experts of 3 tensors."""
+    torch.save(omniaid(), tmp_path / "o.pth")
+    assert len(OmniAid(str(tmp_path / "o.pth")).trainable()) == 2 + 2 * 4 * 6 * 3
+
+
+class Trap:
+    """Unpickled, it would make a folder"""
+
+    def __reduce__(self):
+        return os.mkdir, ("trapped",)
+
+
+@pytest.mark.parametrize(
+    "damage,args",
+    [
+        ({"code": Trap()}, {}),
+        ({"unexpected": torch.ones(1)}, {}),
+        ({"head.weight": torch.ones(3, 128)}, {}),
+        ({"head.bias": torch.tensor([0, math.nan])}, {}),
+        ({"head.bias": None}, {}),
+        ({}, {"top_k": 0}),
+        ({}, {"top_k": 6}),
+        ({}, {"real": 2}),
+    ],
+)
+def test_what_is_no_whole_omniaid_is_refused(tmp_path, monkeypatch, damage, args):
+    """Code is not run; other names, shapes and numbers, no expert or too many, a third side are named."""
+    monkeypatch.chdir(tmp_path)
+    state = omniaid() | damage
+    torch.save({name: tensor for name, tensor in state.items() if tensor is not None}, "o.pth")
+    with pytest.raises(ConfigError, match="o.pth|expected"):
+        OmniAid("o.pth", **args)
+    assert os.listdir() == ["o.pth"]
+
+
+# ---------------------------------------------------------------- Endpoint
+
+SECRET = "sk-secret"
+OK = b"HTTP/1.0 200 OK\r\n\r\n"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.server.sent.append(str(self.headers))
+        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        with suppress(OSError):  # the client gave up
+            self.wfile.writelines(self.server.answer(request))
+
+
+def serve(answer):
+    """A server on the loopback: it answers with the bytes of answer(request) and keeps what it was `sent`"""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.answer = answer
+    server.sent = []
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+def completion(request):
+    """It says `real` with the probability that the question is, in two spellings"""
+    p = float(request["messages"][0]["content"][-1]["text"])
+    odds = {"Real": p / 2, " real": p / 2, "fake": 1 - p}
+    listed = [{"token": word, "logprob": math.log(odds[word])} for word in odds]
+    choice = {"message": {"content": "x" * 9999}, "logprobs": {"content": [{"top_logprobs": listed}]}}
+    return [OK, json.dumps({"choices": [choice]}).encode()]
+
+
+def test_endpoint_is_the_share_of_the_real_words():
+    """In the order of the pictures; a side that is not listed counts as the least likely; a reply is cut."""
+    args = dict(base_url=serve(completion).url, question="{prompt}", concurrency=2)
+    endpoint = Endpoint("m", **args)
+    scores = endpoint(pictures(3, 8), ["0.2", "0.5", "0.9"])  # (B,)
+    torch.testing.assert_close(scores, torch.tensor([0.2, 0.5, 0.9]))
+    unlisted = Endpoint("m", real="photo", **args)
+    assert unlisted(pictures(1, 8), ["0.9"]).item() == pytest.approx(0.5)  # 0.1 to 0.1
+    assert endpoint.reply(to_pil(pictures(2, 8)), "0.5") == "x" * 4000
+
+
+@pytest.mark.parametrize("key", ["", "THE_KEY"])
+def test_endpoint_asks_a_busy_server_again_and_sends_only_the_named_key(monkeypatch, key):
+    """None without a name; nothing else of the environment either."""
+    monkeypatch.setenv("THE_KEY", SECRET)
+    monkeypatch.setenv("OPENAI_ORG_ID", SECRET)
+    busy = [[b"HTTP/1.0 503 busy\r\nRetry-After: 0.01\r\n\r\n"]]
+    server = serve(lambda request: busy.pop() if busy else completion(request))
+    Endpoint("m", base_url=server.url, key=key, retries=1).reply([], "0.5")
+    assert len(server.sent) == 2
+    assert "".join(server.sent).count(SECRET) == (2 if key else 0)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        dict(key=SECRET),
+        dict(key="BAD_KEY"),
+        dict(base_url=f"http://user:{SECRET}@host/v1"),
+        dict(base_url=f"http://host/v1?key={SECRET}"),
+        dict(base_url=f"file:///{SECRET}"),
+        dict(real="fake"),
+    ],
+)
+def test_endpoint_refuses_without_showing_a_secret(monkeypatch, args):
+    """A key in place of its variable's name, one that no header holds, an address with more than a place."""
+    monkeypatch.setenv("BAD_KEY", SECRET + "\n")
+    with pytest.raises(ConfigError, match="args.*expected") as caught:
+        Endpoint("m", **(dict(base_url="http://host") | args))
+    assert SECRET not in str(caught.value)
+
+
+def endless(start, part=SECRET.encode() * 9999, pause=0):
+    """`start`, then `part` for ever"""
+    yield start
+    while True:
+        time.sleep(pause)
+        yield part
+
+
+@pytest.mark.parametrize(
+    "cause,answer",
+    [
+        ("HTTP 307", [b"HTTP/1.0 307 x\r\nLocation: /there\r\n\r\n"]),
+        ("HTTP 500", endless(b"HTTP/1.0 500 x\r\n\r\n")),
+        ("no answer within 0.5 seconds", endless(b"HTTP/1.0 200 OK\r\nX: ", b"x", 0.05)),
+        ("no answer within 0.5 seconds", endless(OK, b" ", 0.05)),
+        ("unreadable answer", endless(OK)),
+        ("unreadable answer", [OK, b'{"choices": []}']),
+    ],
+)
+def test_a_hostile_server_is_named_with_a_cause_and_without_its_words(monkeypatch, cause, answer):
+    """No redirect is followed, time and memory are bounded, no body or key stands in what is raised."""
+    monkeypatch.setenv("THE_KEY", SECRET)
+    server = serve(lambda request: answer)
+    start = time.monotonic()
+    with pytest.raises(NoAnswer, match=f"127.0.0.1, model m: {cause}") as caught:
+        Endpoint("m", base_url=server.url, key="THE_KEY", retries=0, timeout=0.5).reply([], "?")
+    assert time.monotonic() - start < 5
+    assert len(server.sent) == 1
+    assert SECRET not in str(caught.getrepr(chain=True))
