@@ -404,20 +404,23 @@ def over(run, cfg, pictures, function):
 
 
 def measure(run, cfg, rewards, pictures):
-    """What each reward says of each picture, and `heldout` -> {name: {metric: number}}"""
+    """What each reward says of each picture, and `heldout` -> {name: {metric: number}}
 
-    def rows(images, texts):
-        scores = run.score(rewards, images, texts)  # {metric: (b,)}
+    With `offload` a reward visits the GPU once, not once a micro-batch.
+    """
+    seen = {picture.name: {} for picture in pictures}
+    for metric, reward in rewards.items():
+
+        def rows(images, texts):
+            return R.score({metric: reward}, images, texts, cfg.micro_batch)[metric].tolist()  # b
+
+        with R.visiting(reward, run.device if cfg.offload else None):
+            for name, value in over(run, cfg, pictures, rows).items():
+                seen[name][metric] = value
+    for scores in seen.values():
         if cfg.rewards.heldout:
-            scores["heldout"] = torch.stack(
-                [scores[name] for name in cfg.rewards.heldout]
-            ).mean(0)
-        return [
-            {metric: value[i].item() for metric, value in scores.items()}
-            for i in range(len(texts))
-        ]
-
-    return over(run, cfg, pictures, rows)
+            scores["heldout"] = float(np.mean([scores[name] for name in cfg.rewards.heldout]))
+    return seen
 
 
 def figures_of(cfg, contestants, seen, categories):

@@ -62,7 +62,9 @@ def check_bounds(value, where="", bound=None):
     for name, part, part_bound in parts:
         if name == "key" and isinstance(part, str) and not re.fullmatch("[A-Z_][A-Z0-9_]*|", part):
             # a key that was typed would be copied to config.yaml; it is not printed either
-            raise ConfigError(f"{where}.key: expected the name of an environment variable, not a key")
+            raise ConfigError(
+                f"{where}.key: expected the name of an environment variable, not a key"
+            )
         check_bounds(part, f"{where}.{name}" if where else name, part_bound)
     if hasattr(value, "check"):  # what a config's fields must be together
         value.check()

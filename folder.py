@@ -64,8 +64,7 @@ def lock(cfg):
         raise ConfigError(
             f"out: {out} is in use; choose another with out=NAME, or go on with resume=true"
         )
-    for folder in ("samples", "checkpoint"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(out / "run.lock", blocking=False):
             yield
@@ -97,7 +96,10 @@ class Log:
         self.rows = rows
         self.out = Path(cfg.out)
         self.tracker = None
+        for folder in ("samples", "checkpoint"):  # now: a start that failed has left nothing
+            (self.out / folder).mkdir(exist_ok=True)
         self.file = open(self.out / "metrics.jsonl" if ranks.RANK == 0 else os.devnull, "w")
+        # rows after the checkpoint are forgotten: their steps are taken again
         self.file.writelines(json.dumps(row) + "\n" for row in rows)
         steps = sum(stage.steps for stage in cfg.stages)
         done = sum("reward" in row for row in rows)
@@ -123,6 +125,7 @@ class Log:
             self.say(f"{stage.train}: {stage.steps} steps of {images}")
 
     def say(self, text):
+        """A line above the progress bar"""
         self.bar.write(text)
 
     def record(self, row):
@@ -147,6 +150,7 @@ class Log:
         self.say(f"step {row['step']:4d} {row['stage']}: " + ", ".join(parts))
         self.bar.update("reward" in row)
         for name in ("generator", "refiner"):
+            # None is a NaN or infinity, and its update was left out; once may be chance
             norms = [row[name]["grad_norm"] for row in self.rows if name in row][-3:]
             if norms == [None] * 3:
                 raise ConfigError(
@@ -186,6 +190,7 @@ def checkpoints(out):
 def identity(cfg):
     """What a resumed run shares with its checkpoint: the config but FREE, and its prompt files"""
     values = {key: value for key, value in asdict(cfg).items() if key not in FREE}
+    del values["rewards"]["heldout"]  # bench.py's too
     files = {key: Path(getattr(cfg, key)).read_text() for key in ("prompts", "validation_prompts")}
     return values | {f"{key}'s file": text for key, text in files.items()}
 
@@ -194,6 +199,7 @@ def save_checkpoint(cfg, state, progress):
     """One file, written beside and renamed, so that each *.pt is whole; the last two stay."""
     if ranks.RANK == 0:
         folder = Path(cfg.out) / "checkpoint"
+        # A kill leaves the old ones, or the new one: rename is atomic, and fsync puts the bytes before the name.
         with open(folder / "writing", "wb") as file:
             torch.save({"identity": identity(cfg), "state": state, "progress": progress}, file)
             file.flush()
@@ -210,9 +216,10 @@ def load_checkpoint(cfg, restore):
     for path in checkpoints(cfg.out):
         try:
             with loading(path):
+                # torch writes a zip file with checksums and does not look at them when it reads
                 if zipfile.ZipFile(path).testzip():
                     raise ConfigError(f"{path}: its checksums do not match")
-                saved = torch.load(path, map_location="cpu", weights_only=True)
+                saved = torch.load(path, map_location="cpu", weights_only=True)  # tensors, no code
                 check_finite(path, {"tensors": t for t in tree_leaves(saved) if torch.is_tensor(t)})
                 changed = [
                     key for key, value in identity(cfg).items() if saved["identity"][key] != value

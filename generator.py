@@ -169,7 +169,7 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
         self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None
     ):
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
-        self.grid = self.sigmas.tolist()
+        self.grid = self.sigmas.tolist()  # num_steps + 1 times, from near 1 down to 0
         if self.mode == "replay":
             self.timesteps = self.timesteps[self.index :][:1]
             self.sigmas = self.sigmas[self.index :][:2]
@@ -178,7 +178,7 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
         if self.mode == "replay":
             self.velocity = model_output
             return (sample,)
-        if self.step_index is None:
+        if self.step_index is None:  # the stock bookkeeping
             self._init_step_index(timestep)
         i = self._step_index
         self._step_index += 1
@@ -188,7 +188,8 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
         c_x, c_v, std = sde_coefficients(
             sde, self.grid[i], self.grid[i + 1], noise_level, self.grid[1]
         )
-        x_next = c_x * sample.float() + c_v * model_output.float()  # (B, ...)
+        # (B, ...), in f32 whatever the pipeline's dtype is: bf16 would round the noise of a small step away
+        x_next = c_x * sample.float() + c_v * model_output.float()
         if stochastic:
             x_next = x_next + std * self.noise(sample.shape[1:]).to(sample.device)
         x_next = x_next.to(sample.dtype)
@@ -219,12 +220,12 @@ class Generator:
         self.pipe = load_pipeline(cfg, dtype)
         self.transformer = self.pipe.transformer
         parts = {n: p for n, p in self.pipe.components.items() if isinstance(p, torch.nn.Module)}
-        for part in parts.values():
+        for part in parts.values():  # what trains is the LoRA, which is added later
             part.requires_grad_(False).eval()
         self.waiting = {n: p for n, p in parts.items() if offload and n.startswith("text_encoder")}
         for name in self.waiting:
             setattr(self.pipe, name, None)
-        if shard:
+        if shard:  # before it moves to the device, which may not hold the whole
             shard(self.transformer, self.device.type)
         self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
@@ -239,7 +240,7 @@ class Generator:
 
     def check_replay(self):
         """Draw and replay one picture. What depends on a step's number inside the call cannot be trained."""
-        window = range(self.cfg.num_steps // 2)
+        window = range(self.cfg.num_steps // 2)  # where draw_window draws from
         with loading(f"generator: {type(self.pipe).__name__} of {self.cfg.model}"), torch.no_grad():
             images, record = self.rollout(["a photo"], [("check",)], window)
             replayed = [self.replay(record, step, [0]) for step in record.steps]
@@ -282,7 +283,7 @@ class Generator:
     def _adopt_lora(self):
         self.lora = {n: p for n, p in self.transformer.named_parameters() if "lora_" in n}
         for p in self.lora.values():
-            p.data = p.data.float()
+            p.data = p.data.float()  # AdamW's steps of 1e-4 would vanish in bf16
             p.requires_grad_(True)
         self.ema = {n: p.detach().clone() for n, p in self.lora.items()}
 
@@ -305,6 +306,7 @@ class Generator:
 
     @torch.no_grad()
     def update_ema(self):
+        # GRPO's updates are noisy, and pictures drawn with their average are better than with the last
         for name, p in self.lora.items():
             self.ema[name].lerp_(p, 1 - self.cfg.ema)
 

@@ -6,7 +6,7 @@ The method is RealGen's (arXiv 2512.00473).
     python grpo.py config.yaml seed=1 out=out/seed1     any key of config.yaml, dotted
     python grpo.py config.yaml profile=quick            a named set of keys from `profiles`
     python grpo.py config.yaml resume=true              go on after an interruption, to the same result
-    torchrun --nproc_per_node=8 grpo.py config.yaml     the same run on 8 GPUs: each takes whole prompt groups
+    torchrun --nproc_per_node=4 grpo.py config.yaml profile=flux     on 4 GPUs: each takes whole prompt groups
 
 One step is a walk. P prompts, N texts of each (rewrites, and the user's words where keep_original), M
 images of each text. Batches are prompt-major, (P, N, M):
@@ -78,6 +78,7 @@ class StageConfig:
 
 
 def default_stages():
+    # the refiner first: its words move the pictures far at little cost, and the generator starts from there
     first = StageConfig("refiner", steps=12, prompts=8, rewrites=8, keep_original=False, images=2)
     return [first, StageConfig("generator")]
 
@@ -89,6 +90,7 @@ class Config:
     out: str = "out"
     seed: int = bounded("natural", 0)
     device: str = "auto"
+    # no float16: at the size of a picture's latents its gradients underflow, and nothing is trained
     dtype: Literal["float32", "bfloat16"] = "float32"
     offload: bool = False
     fsdp: bool = False
@@ -124,7 +126,9 @@ class Config:
 def load_config(argv, schema=Config):
     """[config.yaml, key=value ...] -> schema's object. Words win over profile=NAME, that over the file."""
     if not argv or not Path(argv[0]).is_file():
-        raise ConfigError(f"{argv[:1]}: no config file; expected python grpo.py config.yaml [key=value ...]")
+        raise ConfigError(
+            f"{argv[:1]}: no config file; expected python grpo.py config.yaml [key=value ...]"
+        )
     path, *words = argv
     with loading(path):
         file = OmegaConf.load(path)
@@ -136,13 +140,16 @@ def load_config(argv, schema=Config):
             raise ConfigError(f"{word!r}: expected key=value, such as generator.num_steps=4")
         with loading(word):
             if key == "profile" and value not in profiles:
-                raise ConfigError(f"{word}: {path} has no such profile; it has {', '.join(profiles)}")
+                raise ConfigError(
+                    f"{word}: {path} has no such profile; it has {', '.join(profiles)}"
+                )
             if key == "profile":
                 file = OmegaConf.merge(file, profiles[value])
             else:
                 changes.append(OmegaConf.from_dotlist([word]))
     with loading(path):
-        whole = OmegaConf.merge(OmegaConf.structured(schema), file, *changes)  # checks keys and types
+        # checks keys and types
+        whole = OmegaConf.merge(OmegaConf.structured(schema), file, *changes)
         cfg = OmegaConf.to_object(whole)
     check_bounds(cfg)
     return cfg
@@ -250,6 +257,7 @@ class Run:
         if cfg.refiner:
             self.refiner = Refiner(cfg.refiner, self.device, dtype, cfg.micro_batch)
             self.policies["refiner"] = self.refiner
+        # under offload detectors rest on the CPU, and each visits the GPU when its turn comes
         home = "cpu" if cfg.offload else self.device
         self.rewards = load_rewards(cfg.rewards.train, home)
         self.validation = load_rewards(cfg.rewards.validation, home)
@@ -366,7 +374,7 @@ class Run:
     def next_prompts(self, iteration, P):
         """The P prompts of a step; a permutation an epoch draws each once before any twice"""
         n = len(self.prompts)
-        first = iteration * P
+        first = iteration * P  # counted over the whole run, so that resume needs no state
         epochs = range(first // n, (first + P - 1) // n + 1)
         orders = [rng("prompts", self.cfg.seed, epoch).permutation(n) for epoch in epochs]
         start = first % n
@@ -424,6 +432,7 @@ class Run:
         updates = self.cfg.updates
         advantage = ranks.mine(advantage).flatten()[:, None].to(self.device)  # (p*G, 1)
         parts = [part.tolist() for part in torch.arange(len(advantage)).chunk(updates)]
+        # the first part needs no old log-probs: when it is trained, the policy is the one that drew it
         policy.remember(record, sum(parts[1:], []))
         figures = dict.fromkeys(policy.figures, 0.0)
         norm = 0.0
@@ -436,6 +445,7 @@ class Run:
                     loss = loss + policy.cfg.beta * kl
                     terms = {"loss": loss, "kl": kl, "clip_fraction": clipped.float(), **more}
                     sums = {key: (term * weight).sum() / count for key, term in terms.items()}
+                    # here: the graph of one step at a time is all that is kept
                     sums["loss"].backward()
                     for key, value in sums.items():
                         figures[key] += value.item() / updates
@@ -448,7 +458,7 @@ class Run:
         parameters = policy.parameters()
         ranks.sum_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.cfg.max_grad_norm).item()
-        if np.isfinite(norm):
+        if np.isfinite(norm):  # one NaN would stay in AdamW's moments for ever
             self.optimizers[name].step()
             policy.update_ema()
         self.optimizers[name].zero_grad(set_to_none=True)
@@ -489,6 +499,8 @@ class Run:
             scores = self.score(rewards, images, words)
             return {name: ranks.gather(r, P).mean().item() for name, r in scores.items()}
 
+        # KID beside the detectors: they learned from fakes that resemble those of training, so what fools the
+        # training detectors may fool these too. KID asks about texture and colour, and knows no fakes.
         look = means(self.validation)
         realism = sum(look.values()) / max(len(look), 1)
         look["kid"] = kid(ranks.gather(self.features(images), P), self.photo_features)
@@ -537,17 +549,18 @@ def train(cfg):
     """All stages, one after another; each starts from the weights that the one before it kept."""
     check_run(cfg)
     with lock(cfg), ranks.meeting(ranks.pick_device(cfg.device)):
-        stop = []  # SIGINT and SIGTERM: the step is finished and saved
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda received, frame: stop.append(received))
         run = Run(cfg)
         progress = {"stage": 0, "step": 0, "iteration": 0, "first": None, "best": None, "rows": []}
         if cfg.resume and checkpoints(cfg.out):
             progress = load_checkpoint(cfg, run.restore)
         log = Log(run, progress["rows"])
+        stop = []  # SIGINT and SIGTERM: the step is finished and saved
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda received, frame: stop.append(received))
         while progress["stage"] < len(cfg.stages):
             stage = cfg.stages[progress["stage"]]
             seed_globals(cfg.seed, progress["iteration"])
+            # a look belongs to the weights before the step whose row it shares
             row = {"step": progress["iteration"], "stage": f"{progress['stage']} {stage.train}"}
             run.seconds = {}
             over = progress["step"] == stage.steps  # this pass only looks
@@ -560,6 +573,7 @@ def train(cfg):
             log.record(row | {"seconds": run.seconds})
             if over:
                 finish_stage(run, stage, progress, log)
+            # a signal may have reached one rank alone: all stop at the same step
             stopped = ranks.all_sum(torch.tensor(float(len(stop)))).item() > 0
             if stopped or over or progress["iteration"] % cfg.save_every == 0:
                 save_checkpoint(cfg, run.state(), progress)
@@ -588,9 +602,8 @@ def look(run, stage, progress):
     images = as_bytes(images[:: cfg.eval_images])  # (P, 3, H, W), one a prompt
     progress["first"] = progress["first"] or {"figures": figures, "images": images}
     start = progress["first"]["figures"]
-    limits = {
-        f"train_{name}": most for name, most in cfg.keep_within.items() if name in run.weights
-    }
+    steady = set(run.weights) - set(cfg.learners)  # the falls of a reward that learns say nothing
+    limits = {f"train_{name}": cfg.keep_within[name] for name in cfg.keep_within if name in steady}
     within = all(start[name] - figures[name] <= most for name, most in limits.items())
     worth = progress["iteration"] if cfg.keep == "last" else figures[cfg.keep]
     best = progress["best"]

@@ -17,7 +17,15 @@ from common import ConfigError, check_folder, check_tokenizer, load_model, loadi
 
 
 # arguments of the call that are not generator.call's to set
-OURS = ("prompt", "height", "width", "num_inference_steps", "generator", "output_type", "return_dict")
+OURS = (
+    "prompt",
+    "height",
+    "width",
+    "num_inference_steps",
+    "generator",
+    "output_type",
+    "return_dict",
+)
 
 
 def load_pipeline(cfg, dtype):
@@ -25,6 +33,7 @@ def load_pipeline(cfg, dtype):
     check_folder(cfg.model, "model_index.json")
     with loading(cfg.model):
         index = DiffusionPipeline.load_config(cfg.model)
+    # One model at a time, because a pipeline's own from_pretrained does not say what was missing in a file.
     parts = {}
     for name, entry in index.items():
         if isinstance(entry, list) and entry[0] in ("diffusers", "transformers"):
@@ -96,6 +105,7 @@ class EncodeOnce:
 
     def __call__(self, *args, **kwargs):
         arguments = inspect.signature(self.encode_prompt).bind(*args, **kwargs).arguments
+        # the arguments but for the chunk's prompts and its length, which differ from call to call
         key = repr(self.for_texts([""], arguments))
         if key not in self.kept:
             self.kept[key] = self.encode(arguments)
@@ -130,6 +140,7 @@ class EncodeOnce:
         with self.encoders():
             two = call(texts[:1] * 2)
             three = call(texts[:1] * 3)
+            # micro_batch bounds the memory of a large text encoder as it does that of the transformer
             starts = range(0, len(texts), self.micro_batch)
             parts = [call(texts[i : i + self.micro_batch]) for i in starts]
             try:
@@ -151,6 +162,7 @@ def call_pipeline(pipe, cfg, encode, rows, latents, output_type):
     """
     encode.chunk = [encode.prompts[row] for row in rows]
     arguments = dict(cfg.call)
+    # as many as there are prompts, or some pipelines refuse it and others would use it once
     if isinstance(arguments.get("negative_prompt"), str):
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(rows)
     prepare_latents = pipe.prepare_latents
@@ -161,6 +173,7 @@ def call_pipeline(pipe, cfg, encode, rows, latents, output_type):
         ours = latents(theirs.shape[1:]).to(theirs)
         return (ours, *made[1:]) if isinstance(made, tuple) else ours
 
+    # on the instance, so that `del` below uncovers the methods of the class
     pipe.encode_prompt = encode
     pipe.prepare_latents = prepare
     try:

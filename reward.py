@@ -20,6 +20,7 @@ import inspect
 import io
 import json
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -371,25 +372,31 @@ def score_batch(name, reward, images, prompts):
     return value.float().cpu()
 
 
+@contextmanager
+def visiting(reward, device):
+    """Inside, the reward's model is on the device, and afterwards on the CPU; a device of None leaves it."""
+    model = getattr(reward, "model", None) if device else None
+    if model is not None:
+        model.to(device)
+    try:
+        yield
+    finally:
+        if model is not None:
+            model.to("cpu")
+
+
 @torch.no_grad()
 def score(rewards, images, prompts, micro_batch=64, visit=None):
     """Every reward of every picture (B,3,H,W): {name: (B,) f32 on the CPU}
 
-    visit: a device that each reward's model is moved to while it scores, and from there back to the CPU.
+    visit: a device on which each reward's model scores, and from which it goes back to the CPU.
     """
     scores = {}
     for name, reward in rewards.items():
-        visitor = getattr(reward, "model", None) if visit else None
-        starts = range(0, len(images), micro_batch)
-        try:
-            if visitor is not None:
-                visitor.to(visit)
-            parts = [
-                score_batch(name, reward, images[i : i + micro_batch], prompts[i : i + micro_batch])
-                for i in starts
-            ]
-        finally:
-            if visitor is not None:
-                visitor.to("cpu")
-        scores[name] = torch.cat(parts)
+        parts = []
+        with visiting(reward, visit):
+            for first in range(0, len(images), micro_batch):
+                rows = slice(first, first + micro_batch)
+                parts.append(score_batch(name, reward, images[rows], prompts[rows]))
+        scores[name] = torch.cat(parts)  # (B,)
     return scores

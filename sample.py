@@ -37,7 +37,7 @@ def draw(cfg, prompts):
     out = Path(cfg.out)
     device = ranks.pick_device(cfg.device)
     dtype = getattr(torch, cfg.dtype)
-    texts = prompts
+    texts = prompts  # with refiner=null they are drawn as they are
     if cfg.refiner:
         refiner = with_lora(Refiner(cfg.refiner, device, dtype, cfg.micro_batch), out / "refiner")
         texts, _ = refiner.rollout(
@@ -49,6 +49,7 @@ def draw(cfg, prompts):
     images, _ = generator.rollout(texts, [("sample", cfg.seed, i) for i in range(len(texts))])
     folder = out / "drawn"
     folder.mkdir(parents=True, exist_ok=True)
+    # above all that are there: after a deletion their count would name one that exists
     taken = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdigit()]
     number = max(taken, default=-1)
     for picture, prompt, text in zip(to_pil(images), prompts, texts):
@@ -92,6 +93,7 @@ def judge(cfg, paths):
 
 
 def main(argv):
+    # a prompt may hold "=", but does not start with a dotted key and one
     keys = [word for word in argv[1:] if re.match(r"[\w.]+=", word) and word != "score=true"]
     cfg = load_config(argv[:1] + keys)
     things = [word for word in argv[1:] if word not in keys and word != "score=true"]

@@ -215,7 +215,7 @@ def test_arrows_go_one_way():
 
 
 def test_two_uses_never_draw_the_same_noise(few, spy):
-    """numpy pads a seed with zeros: without its word a window would draw what the first picture draws."""
+    """numpy pads a seed with zeros: numbers alone would not keep a window from a look's first picture."""
     cfg = few(stage=JOINT)
     run = grpo.Run(cfg)
     calls = [spy(module, "rng") for module in (grpo, generator, refiner)]
@@ -278,6 +278,7 @@ def test_in_a_joint_stage_either_policy_has_its_own_groups(few, monkeypatch):
     """A picture is compared with those of its text, a rewrite with the texts of its prompt."""
     cfg = few("refiner.format_penalty=0", stage=JOINT)
     run = grpo.Run(cfg)
+    run.prompts = ["a cat"] * 2  # a group is a place in the batch, not a text
     given = {}
     scores = {"bright": torch.randn(18), "smooth": torch.zeros(18)}  # P*N*M
     monkeypatch.setattr(run, "score", lambda *_: scores)
