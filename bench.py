@@ -522,7 +522,13 @@ def connect(cfg, device):
     if judge.kind == "vlm":
         return Vlm(judge.model, device, dtype=cfg.dtype)
     return Endpoint(
-        **{name: value for name, value in asdict(judge).items() if name != "kind"}
+        judge.model,
+        device,
+        base_url=judge.base_url,
+        key=judge.key,
+        timeout=judge.timeout,
+        retries=judge.retries,
+        concurrency=judge.concurrency,
     )
 
 

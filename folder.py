@@ -220,7 +220,8 @@ def load_checkpoint(cfg, restore):
                 if zipfile.ZipFile(path).testzip():
                     raise ConfigError(f"{path}: its checksums do not match")
                 saved = torch.load(path, map_location="cpu", weights_only=True)  # tensors, no code
-                check_finite(path, {"tensors": t for t in tree_leaves(saved) if torch.is_tensor(t)})
+                leaves = enumerate(tree_leaves(saved))
+                check_finite(path, {i: leaf for i, leaf in leaves if torch.is_tensor(leaf)})
                 changed = [
                     key for key, value in identity(cfg).items() if saved["identity"][key] != value
                 ]

@@ -56,9 +56,7 @@ class GeneratorConfig:
     height: int = bounded("positive", 64)
     width: int = bounded("positive", 64)
     num_steps: int = bounded("positive", 10)
-    call: dict[str, Any] = field(
-        default_factory=lambda: {"guidance_scale": 3.5, "max_sequence_length": 40}
-    )
+    call: dict[str, Any] = field(default_factory=dict)
     sde: Literal["cps", "flow", "ode"] = "cps"
     noise_level: float = bounded("positive", 0.8)
     window: int = bounded("positive", 2)

@@ -37,7 +37,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -56,7 +56,16 @@ from generator import Generator, GeneratorConfig, draw_window
 from learner import Learner, Photographs, UpdateConfig
 from plots import save_before_after, save_curves, save_grid
 from refiner import Refiner, RefinerConfig, cue_share
-from reward import Clip, RewardsConfig, as_bytes, find_kind, kid, load_rewards, read_photos, score
+from reward import (
+    Clip,
+    RewardsConfig,
+    as_bytes,
+    find_kind,
+    kid,
+    load_rewards,
+    read_photos,
+    score,
+)
 
 # ---------------------------------------------------------------- config
 
@@ -79,7 +88,9 @@ class StageConfig:
 
 def default_stages():
     # the refiner first: its words move the pictures far at little cost, and the generator starts from there
-    first = StageConfig("refiner", steps=12, prompts=8, rewrites=8, keep_original=False, images=2)
+    first = StageConfig(
+        "refiner", steps=12, prompts=8, rewrites=8, keep_original=False, images=2
+    )
     return [first, StageConfig("generator")]
 
 
@@ -175,13 +186,17 @@ def check_run(cfg):
         elif cfg.generator.sde == "ode" and not frozen:
             fault = "generator.sde: ode explores nothing; expected cps or flow"
         elif stage.prompts % parts:
-            fault = f"prompts: {stage.prompts}; expected a multiple of {parts}, updates x processes"
+            fault = (
+                f"prompts: {stage.prompts}; expected a multiple of {parts}, updates x processes"
+            )
         if fault:
             raise ConfigError(f"stages[{i}], {stage.train}: {fault}")
     for name in cfg.learners:
         if name not in cfg.rewards.train:
             known = ", ".join(cfg.rewards.train)
-            raise ConfigError(f"learners.{name}: not a training reward; expected one of {known}")
+            raise ConfigError(
+                f"learners.{name}: not a training reward; expected one of {known}"
+            )
     for rewards in (cfg.rewards.train, cfg.rewards.validation, cfg.rewards.heldout):
         for name, reward in rewards.items():
             find_kind(name, reward)
@@ -321,12 +336,16 @@ class Run:
         P, N, M = stage.prompts, stage.texts, stage.images
         all_prompts = self.next_prompts(iteration, P)
         prompts = ranks.mine(all_prompts)
-        rewrites, images, trajectory = self.rollout(prompts, stage, iteration)  # (p*N*M, 3, H, W)
+        rewrites, images, trajectory = self.rollout(
+            prompts, stage, iteration
+        )  # (p*N*M, 3, H, W)
         with self.phase("reward"):
             # against what the user typed, not what was drawn: a rewrite that drifts off the subject loses
             words = [prompt for prompt in prompts for _ in range(N * M)]
             scores = self.score(self.rewards, images, words)  # {name: (p*N*M,)}
-            scores = {name: ranks.gather(r, P) for name, r in scores.items()}  # {name: (P*N*M,)}
+            scores = {
+                name: ranks.gather(r, P) for name, r in scores.items()
+            }  # {name: (P*N*M,)}
         row = self.describe_scores(scores, P)
         if stage.train != "refiner":
             with self.phase("update generator"):
@@ -550,37 +569,46 @@ def train(cfg):
     check_run(cfg)
     with lock(cfg), ranks.meeting(ranks.pick_device(cfg.device)):
         run = Run(cfg)
-        progress = {"stage": 0, "step": 0, "iteration": 0, "first": None, "best": None, "rows": []}
+        progress = {
+            "stage": 0,
+            "step": 0,
+            "iteration": 0,
+            "first": None,
+            "best": None,
+            "rows": [],
+        }
         if cfg.resume and checkpoints(cfg.out):
             progress = load_checkpoint(cfg, run.restore)
-        log = Log(run, progress["rows"])
-        stop = []  # SIGINT and SIGTERM: the step is finished and saved
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda received, frame: stop.append(received))
-        while progress["stage"] < len(cfg.stages):
-            stage = cfg.stages[progress["stage"]]
-            seed_globals(cfg.seed, progress["iteration"])
-            # a look belongs to the weights before the step whose row it shares
-            row = {"step": progress["iteration"], "stage": f"{progress['stage']} {stage.train}"}
-            run.seconds = {}
-            over = progress["step"] == stage.steps  # this pass only looks
-            if over or progress["step"] % cfg.eval_every == 0:
-                row["validation"] = look(run, stage, progress)
-            if not over:
-                row |= run.step(stage, progress["iteration"])
-                progress["step"] += 1
-                progress["iteration"] += 1
-            log.record(row | {"seconds": run.seconds})
-            if over:
-                finish_stage(run, stage, progress, log)
-            # a signal may have reached one rank alone: all stop at the same step
-            stopped = ranks.all_sum(torch.tensor(float(len(stop)))).item() > 0
-            if stopped or over or progress["iteration"] % cfg.save_every == 0:
-                save_checkpoint(cfg, run.state(), progress)
-            if stopped:
-                log.say(f"stopped; resume=true goes on from step {progress['iteration']}")
-                sys.exit(143 if signal.SIGTERM in stop else 0)
-        log.close()
+        with closing(Log(run, progress["rows"])) as log:
+            stop = []  # SIGINT and SIGTERM: the step is finished and saved
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda received, frame: stop.append(received))
+            while progress["stage"] < len(cfg.stages):
+                stage = cfg.stages[progress["stage"]]
+                seed_globals(cfg.seed, progress["iteration"])
+                # a look belongs to the weights before the step whose row it shares
+                row = {
+                    "step": progress["iteration"],
+                    "stage": f"{progress['stage']} {stage.train}",
+                }
+                run.seconds = {}
+                over = progress["step"] == stage.steps  # this pass only looks
+                if over or progress["step"] % cfg.eval_every == 0:
+                    row["validation"] = look(run, stage, progress)
+                if not over:
+                    row |= run.step(stage, progress["iteration"])
+                    progress["step"] += 1
+                    progress["iteration"] += 1
+                log.record(row | {"seconds": run.seconds})
+                if over:
+                    finish_stage(run, stage, progress, log)
+                # a signal may have reached one rank alone: all stop at the same step
+                stopped = ranks.all_sum(torch.tensor(float(len(stop)))).item() > 0
+                if stopped or over or progress["iteration"] % cfg.save_every == 0:
+                    save_checkpoint(cfg, run.state(), progress)
+                if stopped:
+                    log.say(f"stopped; resume=true goes on from step {progress['iteration']}")
+                    sys.exit(143 if signal.SIGTERM in stop else 0)
 
 
 def seed_globals(seed, iteration):
@@ -602,8 +630,12 @@ def look(run, stage, progress):
     images = as_bytes(images[:: cfg.eval_images])  # (P, 3, H, W), one a prompt
     progress["first"] = progress["first"] or {"figures": figures, "images": images}
     start = progress["first"]["figures"]
-    steady = set(run.weights) - set(cfg.learners)  # the falls of a reward that learns say nothing
-    limits = {f"train_{name}": cfg.keep_within[name] for name in cfg.keep_within if name in steady}
+    steady = set(run.weights) - set(
+        cfg.learners
+    )  # the falls of a reward that learns say nothing
+    limits = {
+        f"train_{name}": cfg.keep_within[name] for name in cfg.keep_within if name in steady
+    }
     within = all(start[name] - figures[name] <= most for name, most in limits.items())
     worth = progress["iteration"] if cfg.keep == "last" else figures[cfg.keep]
     best = progress["best"]

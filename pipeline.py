@@ -66,6 +66,10 @@ def load_pipeline(cfg, dtype):
 # ---------------------------------------------------------------- prompts are encoded once
 
 
+# of two lengths, or Qwen-Image would return no mask at all
+EXAMPLES = ["a", "a longer text", "a"]
+
+
 def along_batch(work, results, two, three):
     """work(parts, axis) on each part of several results of encode_prompt that has a batch axis
 
@@ -77,6 +81,8 @@ def along_batch(work, results, two, three):
         return type(two)(along_batch(work, parts, *examples) for parts, *examples in columns)
     if isinstance(two, list):
         return work(results, 0)
+    if all(part is None for part in results):  # a mask where nothing is masked
+        return None
     if not torch.is_tensor(two) or two.shape == three.shape:
         return results[0]
     lengths = zip(two.shape, three.shape)
@@ -124,7 +130,7 @@ class EncodeOnce:
         changed = dict(arguments)
         for name, value in arguments.items():
             if isinstance(value, list) and value == self.chunk:
-                changed[name] = texts
+                changed[name] = list(texts)  # Z-Image writes into it
             elif isinstance(value, list) and value and isinstance(value[0], str):
                 changed[name] = value[:1] * len(texts)
         return changed
@@ -138,15 +144,15 @@ class EncodeOnce:
 
         texts = self.distinct
         with self.encoders():
-            two = call(texts[:1] * 2)
-            three = call(texts[:1] * 3)
+            two = call(EXAMPLES[:2])
+            three = call(EXAMPLES)
             # micro_batch bounds the memory of a large text encoder as it does that of the transformer
             starts = range(0, len(texts), self.micro_batch)
             parts = [call(texts[i : i + self.micro_batch]) for i in starts]
             try:
                 result = along_batch(join, parts, two, three)
             # each part is as long as its longest text: only together are they padded alike
-            except RuntimeError:
+            except (RuntimeError, TypeError):
                 result = call(texts)
         return result, two, three
 

@@ -19,6 +19,7 @@ import importlib.util
 import inspect
 import io
 import json
+import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -318,8 +319,9 @@ def find_kind(name, cfg):
             f"{where}: kind {cfg.kind!r}; expected {', '.join(KINDS)} or path/to/file.py:name"
         )
     if colon:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where a dataclass looks for its module
         spec.loader.exec_module(module)
         if not hasattr(module, attribute):
             raise ConfigError(
@@ -356,7 +358,7 @@ def score_batch(name, reward, images, prompts):
     """One reward of a batch -> (B,) f32 on the CPU. An exception gets the reward's name in front."""
     try:
         # a copy: a reward may write into its input
-        value = torch.as_tensor(reward(images.clone(), list(prompts)))
+        value = torch.as_tensor(reward(images.clone(), list(prompts))).float()
     # sys.exit in a reward must not end the run as if all were well
     except (Exception, SystemExit) as error:
         raise RuntimeError(f"reward {name!r} failed: {type(error).__name__}: {error}") from error
@@ -369,19 +371,20 @@ def score_batch(name, reward, images, prompts):
         raise ConfigError(
             f"rewards: {name} returned a value that is not finite for {text!r}; expected a number"
         )
-    return value.float().cpu()
+    return value.cpu()
 
 
 @contextmanager
 def visiting(reward, device):
     """Inside, the reward's model is on the device, and afterwards on the CPU; a device of None leaves it."""
-    model = getattr(reward, "model", None) if device else None
-    if model is not None:
+    model = getattr(reward, "model", None)
+    moves = device and hasattr(model, "to")
+    if moves:
         model.to(device)
     try:
         yield
     finally:
-        if model is not None:
+        if moves:
             model.to("cpu")
 
 
