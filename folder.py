@@ -77,13 +77,15 @@ def lock(cfg):
 # ---------------------------------------------------------------- the log
 
 
-def flat(row, prefix=""):
+def flat(row, separator="/"):
     """{"rewards": {"semantic": r}} -> {"rewards/semantic": r}"""
     result = {}
     for key, value in row.items():
-        result |= (
-            flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
-        )
+        if isinstance(value, dict):
+            parts = flat(value, separator)
+            result |= {f"{key}{separator}{name}": part for name, part in parts.items()}
+        else:
+            result[key] = value
     return result
 
 
@@ -96,8 +98,9 @@ class Log:
         self.rows = rows
         self.out = Path(cfg.out)
         self.tracker = None
-        for folder in ("samples", "checkpoint"):  # now: a start that failed has left nothing
-            (self.out / folder).mkdir(exist_ok=True)
+        if ranks.RANK == 0:
+            for folder in ("samples", "checkpoint"):  # now: a start that failed has left nothing
+                (self.out / folder).mkdir(exist_ok=True)
         self.file = open(self.out / "metrics.jsonl" if ranks.RANK == 0 else os.devnull, "w")
         # rows after the checkpoint are forgotten: their steps are taken again
         self.file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -192,7 +195,7 @@ def identity(cfg):
     values = {key: value for key, value in asdict(cfg).items() if key not in FREE}
     del values["rewards"]["heldout"]  # bench.py's too
     files = {key: Path(getattr(cfg, key)).read_text() for key in ("prompts", "validation_prompts")}
-    return values | {f"{key}'s file": text for key, text in files.items()}
+    return flat(values, ".") | {f"{key}'s file": text for key, text in files.items()}
 
 
 def save_checkpoint(cfg, state, progress):
@@ -213,6 +216,7 @@ def save_checkpoint(cfg, state, progress):
 
 def load_checkpoint(cfg, restore):
     """restore(state) of the newest checkpoint that can be read -> its progress"""
+    ours = identity(cfg)
     for path in checkpoints(cfg.out):
         try:
             with loading(path):
@@ -222,9 +226,8 @@ def load_checkpoint(cfg, restore):
                 saved = torch.load(path, map_location="cpu", weights_only=True)  # tensors, no code
                 leaves = enumerate(tree_leaves(saved))
                 check_finite(path, {i: leaf for i, leaf in leaves if torch.is_tensor(leaf)})
-                changed = [
-                    key for key, value in identity(cfg).items() if saved["identity"][key] != value
-                ]
+                theirs = saved["identity"]
+                changed = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
                 if not changed:
                     restore(saved["state"])
         except ConfigError as error:

@@ -168,6 +168,8 @@ def load_config(argv, schema=Config):
 
 def check_run(cfg):
     """What training needs of a config as a whole, told before a model loads"""
+    if not cfg.stages:
+        raise ConfigError("stages: empty; expected one or more")
     parts = cfg.updates * ranks.WORLD
     for i, stage in enumerate(cfg.stages):
         members = {
