@@ -202,7 +202,8 @@ def save_checkpoint(cfg, state, progress):
     """One file, written beside and renamed, so that each *.pt is whole; the last two stay."""
     if ranks.RANK == 0:
         folder = Path(cfg.out) / "checkpoint"
-        # A kill leaves the old ones, or the new one: rename is atomic, and fsync puts the bytes before the name.
+        # A kill leaves the old ones, or the new one too: rename is atomic, and fsync puts the bytes
+        # on the disk before the name.
         with open(folder / "writing", "wb") as file:
             torch.save({"identity": identity(cfg), "state": state, "progress": progress}, file)
             file.flush()

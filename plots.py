@@ -21,7 +21,9 @@ def save_grid(images, path, columns, zoom=2):
     images = images[: len(images) // columns * columns]
     if images.dtype != torch.uint8:
         images = (images * 255).round().byte()
-    grid = rearrange(images, "(row column) c h w -> (row h) (column w) c", column=columns)
+    grid = rearrange(
+        images, "(row column) c h w -> (row h) (column w) c", column=columns
+    )
     picture = Image.fromarray(grid.cpu().numpy())
     wide = picture.width * zoom
     high = picture.height * zoom
@@ -41,18 +43,28 @@ def save_before_after(before, after, path, columns=12, pairs=3):
 def save_curves(rows, path):
     """Rows of metrics.jsonl -> trained rewards, validation and the refiner over steps"""
     kinds = [kind for kind in PANELS if any(kind in row for row in rows)]
-    figure, axes = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 4.2), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(kinds), figsize=(5 * len(kinds), 4.2), squeeze=False
+    )
     for axis, kind in zip(axes[0], kinds):
         found = [row for row in rows if kind in row]
         steps = [row["step"] for row in found]
         for name in found[0][kind]:
             # the rewards of a look stand in the first panel already
             if not name.startswith("train_") and name not in ("loss", "grad_norm"):
-                axis.plot(steps, [row[kind][name] for row in found], "o-", ms=3, label=name)
+                axis.plot(
+                    steps,
+                    [row[kind][name] for row in found],
+                    "o-",
+                    ms=3,
+                    label=name,
+                )
         for before, row in zip(rows, rows[1:]):
             if before["stage"] != row["stage"]:
                 axis.axvline(row["step"] - 0.5, color="gray", lw=0.8, ls=":")
-        axis.set(title=PANELS[kind], xlabel="step", xlim=(-0.5, rows[-1]["step"] + 0.5))
+        axis.set(
+            title=PANELS[kind], xlabel="step", xlim=(-0.5, rows[-1]["step"] + 0.5)
+        )
         axis.legend(frameon=False)
         axis.grid(alpha=0.2)
     figure.tight_layout()
