@@ -166,8 +166,8 @@ class Learner:
                 row = self.learn(fresh, held, noise)
             finally:
                 self.move(home)
-        # a reservoir: each picture so far drew a ticket and the lowest stay, so all are as likely to be there;
-        # copied, because a view would keep its whole batch
+        # a reservoir: each picture so far drew a ticket and the lowest stay, so all are equally likely to be
+        # there; copied, because a view would keep its whole batch
         tickets = [(noise.random(), (image.clone(), prompt)) for image, prompt in fresh]
         self.replay = sorted(self.replay + tickets, key=lambda pair: pair[0])[: self.cfg.replay]
         return row
