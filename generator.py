@@ -186,7 +186,7 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
         c_x, c_v, std = sde_coefficients(
             sde, self.grid[i], self.grid[i + 1], noise_level, self.grid[1]
         )
-        # (B, ...), in f32 whatever the pipeline's dtype is: bf16 would round the noise of a small step away
+        # (B, ...), in f32 whatever the pipeline's dtype is
         x_next = c_x * sample.float() + c_v * model_output.float()
         if stochastic:
             x_next = x_next + std * self.noise(sample.shape[1:]).to(sample.device)
@@ -304,7 +304,7 @@ class Generator:
 
     @torch.no_grad()
     def update_ema(self):
-        # GRPO's updates are noisy, and pictures drawn with their average are better than with the last
+        # the average over updates, each of which follows from the few pictures of one step
         for name, p in self.lora.items():
             self.ema[name].lerp_(p, 1 - self.cfg.ema)
 

@@ -177,7 +177,6 @@ def check_run(cfg):
             "refiner": stage.texts,
             "joint": min(stage.images, stage.texts),
         }
-        frozen = stage.train == "refiner"
         fault = None
         if members[stage.train] < 2:
             fault = "a group of one teaches nothing; expected 2 or more texts or images, of what is trained"
@@ -185,7 +184,7 @@ def check_run(cfg):
             fault = "no text to draw; expected rewrites of 1 or more, or keep_original: true"
         elif stage.rewrites and not cfg.refiner:
             fault = f"rewrites: {stage.rewrites}, but refiner is null; expected 0, or a refiner"
-        elif cfg.generator.sde == "ode" and not frozen:
+        elif cfg.generator.sde == "ode" and stage.train != "refiner":
             fault = "generator.sde: ode explores nothing; expected cps or flow"
         elif stage.prompts % parts:
             fault = (
@@ -338,16 +337,14 @@ class Run:
         P, N, M = stage.prompts, stage.texts, stage.images
         all_prompts = self.next_prompts(iteration, P)
         prompts = ranks.mine(all_prompts)
-        rewrites, images, trajectory = self.rollout(
-            prompts, stage, iteration
-        )  # (p*N*M, 3, H, W)
+        # images (p*N*M, 3, H, W)
+        rewrites, images, trajectory = self.rollout(prompts, stage, iteration)
         with self.phase("reward"):
             # against what the user typed, not what was drawn: a rewrite that drifts off the subject loses
             words = [prompt for prompt in prompts for _ in range(N * M)]
             scores = self.score(self.rewards, images, words)  # {name: (p*N*M,)}
-            scores = {
-                name: ranks.gather(r, P) for name, r in scores.items()
-            }  # {name: (P*N*M,)}
+            # {name: (P*N*M,)}
+            scores = {name: ranks.gather(r, P) for name, r in scores.items()}
         row = self.describe_scores(scores, P)
         if stage.train != "refiner":
             with self.phase("update generator"):
@@ -632,9 +629,8 @@ def look(run, stage, progress):
     images = as_bytes(images[:: cfg.eval_images])  # (P, 3, H, W), one a prompt
     progress["first"] = progress["first"] or {"figures": figures, "images": images}
     start = progress["first"]["figures"]
-    steady = set(run.weights) - set(
-        cfg.learners
-    )  # the falls of a reward that learns say nothing
+    # the falls of a reward that learns say nothing
+    steady = set(run.weights) - set(cfg.learners)
     limits = {
         f"train_{name}": cfg.keep_within[name] for name in cfg.keep_within if name in steady
     }

@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import ranks
-from common import ConfigError, loading
+from common import ConfigError
 from generator import Generator
 from grpo import cli, load_config
 from refiner import Refiner
