@@ -4,39 +4,38 @@
     python bench.py config.yaml bench.human=votes.csv       votes that the voting page of bench.html saved
     python bench.py config.yaml bench.judge.kind=openai bench.judge.model=gpt-5 bench.pairs=64
 
-Contestants: `base`, `refiner` (rewritten prompts, base generator), `generator` (plain prompts,
-trained generator), `both`, the pictures of bench.contestants, and `photographs`; the same test
-prompts and noise for all, Euler sampling. Every picture, a photograph too, becomes one JPEG of
-one size under <out>/bench/pictures, named by what made it (LoRA, config, text, noise): nothing
-is drawn twice, no two models share a picture, and detectors, judges and people see the same
-pixels. Detector-Scoring asks every reward and held-out detector. Arena-Scoring asks a judge
-which of two pictures is more real, in both orders: an answer that changes with the order is a
-tie. A model's answers stand in <out>/bench/judgements.jsonl, and only what is open is asked.
+Contestants: `base`, `refiner` (rewritten prompts, base generator), `generator` (plain prompts, trained
+generator), `both`, the pictures of bench.contestants, and `photographs`; the same test prompts and noise for
+all, Euler sampling. Every picture, a photograph too, becomes one JPEG of one size under <out>/bench/pictures,
+named by what made it (LoRA, config, text, noise): nothing is drawn twice, no two models share a picture, and
+detectors, judges and people see the same pixels. Detector-Scoring asks every reward and held-out measure.
+Arena-Scoring asks a judge which of two pictures is better on each axis (realism, detail, aesthetics), in both
+orders: an answer that changes with the order is a tie. A model's answers stand in <out>/bench/judgements.jsonl,
+and only what is open is asked.
 
 <out>/bench.json; v = {"mean", "low", "high"}, a 95% interval, or null; a tie is half a win:
 
     pictures                                per own contestant
-    missing.<contestant>                    names of pictures that are not there or cannot be read
+    axes.<axis>                             the metrics that speak for it
     scores.<contestant>.<metric>            v
     difference.<contestant>.<metric>        v, contestant - base, paired by prompt
-    real.<contestant>.<detector|judge>      v, share judged real: P(real) > 0.5, or the judge on one picture
+    real.<contestant>.<detector>            v, share of pictures with P(real) > 0.5
     categories.<category>.<contestant>.<metric>   v
-    arena.<a>.<b>                           {"win", "tie", "loss", "errors", "rate", "low", "high"}, a over b
-    rating.<contestant>                     v, Bradley-Terry; 400 points are odds of 10 to 1, the mean is 1000
+    arena.<axis>.<a>.<b>                    {"win", "tie", "loss", "errors", "rate", "low", "high"}, a over b
+    rating.<axis>.<contestant>              v, Bradley-Terry; 400 points are odds of 10 to 1, the mean is 1000
     judge                                   {"name", "pairs", "answered", "unparsed", "failed", "calls",
-                                             "calls_total", "position_bias", "order_changed"}
-    human                                   {"votes", "compared", "tau": v, "rho": v, "agreement": v,
+                                             "position_bias", "order_changed"}
+    human                                   {"votes", "compared", "tau", "rho", "agreement": v,
                                              "rating": {contestant: v}}
-    selftest.<distortion>.<measure>         {"levels": [untouched, weak, middle, strong], "tau": v,
-                                             "below", "ordered"}
+    selftest.<distortion>.<measure>         {"levels": [untouched, weak, middle, strong], "below", "ordered"}
 
-Metrics: each training reward (`alignment` is against the user's prompt), each held-out
-detector, `reward` (training rewards by weight), `heldout` (mean of the held-out detectors),
-`kid` (to the photographs, lower is better). calls: questions put to a model, without what its
-client tries again. position_bias: share of answers that name the first picture, 0.5 is none.
-Intervals: prompts are resampled, not pictures, because pictures of one prompt are alike; for
-photographs, pictures. KID is no mean, so its interval comes from random halves: a half drawn
-without replacement varies around the whole as the whole varies around the truth.
+Metrics: each training reward (`alignment` is against the user's prompt), each held-out one, `reward` (training
+rewards by weight), `heldout` (mean of the held-out metrics of realism), and KID to the photographs, lower is
+better: `kid`, and `kid_<name>` on the features of a held-out reward that has them. position_bias: share of
+answers that name the first picture, 0.5 is none.
+
+Intervals: pictures of one prompt are alike, so prompts are what is left out, one at a time (a jackknife, with
+Student's t); for photographs, pictures. tests/coverage.py shows by simulation that they cover.
 """
 
 import base64
@@ -47,9 +46,8 @@ import json
 import re
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -75,16 +73,23 @@ LORA = {
 }
 # of every picture, so that no codec gives a side away; colour is not subsampled, which small pictures show
 CODEC = dict(format="JPEG", quality=95, subsampling=0)
-P_REAL = ("classifier", "rewards/")  # how the kinds of rewards begin that give P(real)
 GIVE_UP = 10  # questions that fail in a row before a judge is given up
-
 
 # ---------------------------------------------------------------- config
 
 
 @dataclass
+class AxesConfig:
+    """Which metrics speak for an axis: the detector judge takes their mean, and rates no axis without one."""
+
+    realism: list[str] = field(default_factory=lambda: ["heldout_a", "heldout_b"])
+    detail: list[str] = field(default_factory=lambda: ["naturalness"])
+    aesthetics: list[str] = field(default_factory=list)
+
+
+@dataclass
 class JudgeConfig:
-    """Who says which of two pictures is more real; config.yaml gives units and reasons."""
+    """Who says which of two pictures is better; config.yaml gives units and reasons."""
 
     kind: Literal["detector", "vlm", "openai"] = "detector"
     model: str = ""
@@ -100,9 +105,9 @@ class BenchConfig:
     """What is drawn, compared and shown; config.yaml gives units and reasons."""
 
     images: int = bounded("positive", 8)
-    resamples: int = bounded("positive", 1000)
     contestants: dict[str, str] = field(default_factory=dict)
     categories: str = ""
+    axes: AxesConfig = field(default_factory=AxesConfig)
     pairs: int = bounded("positive", 256)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     human: str = ""
@@ -120,7 +125,7 @@ class Config(grpo.Config):
 class Picture(NamedTuple):
     """One picture; a contestant is a list of them."""
 
-    unit: int  # what is resampled: the number of its prompt; for a photograph, its own number
+    unit: int  # what is left out: the number of its prompt; for a photograph, its own number
     file: Path
     text: str  # the user's prompt, or the caption
 
@@ -132,27 +137,18 @@ class Picture(NamedTuple):
 # ---------------------------------------------------------------- statistics
 
 
-def interval(draws):
-    """(1 + R,), a figure and what it is in each of R resamples -> v, the 95% percentile
-    interval of the R
+def interval(whole, *left_out):
+    """A figure, and what it is without each unit (n,) -> v by the jackknife
 
-    NaN is a resample in which the figure does not exist.
+    var = (n - 1) / n sum (left_out - mean)^2, Student's t with n - 1. For a mean of units this is the t
+    interval. Two samples, as prompts and photographs are, add their variances.
     """
-    low, high = np.nanpercentile(draws[1:], [2.5, 97.5])
-    return {"mean": float(draws[0]), "low": float(low), "high": float(high)}
-
-
-@cache
-def resample(units, resamples):
-    """How often each resample draws each unit, (1 + R, units); row 0 is the data itself
-
-    Counted noise: all contestants and metrics get the same resamples, so that their differences
-    are paired.
-    """
-    drawn = rng("bench resample", units).multinomial(
-        units, np.full(units, 1 / units), resamples
-    )
-    return np.concatenate([np.ones((1, units)), drawn])
+    variance = 0.0
+    for values in left_out:
+        variance += (len(values) - 1) * np.var(values)
+    t = stats.t.ppf(0.975, min(map(len, left_out)) - 1)
+    spread = float(t * np.sqrt(variance))
+    return {"mean": float(whole), "low": float(whole) - spread, "high": float(whole) + spread}
 
 
 def unit_means(pairs):
@@ -164,52 +160,32 @@ def unit_means(pairs):
     return {unit: float(np.mean(values)) for unit, values in groups.items()}
 
 
-def bootstrap(pairs, resamples):
-    """[(unit, value)] -> v of the mean over units, each of which counts once; None if there
-    are none
-    """
-    means = list(unit_means(pairs).values())
-    if not means:
+def mean_interval(pairs):
+    """[(unit, value)] -> v of the mean over units, each of which counts once; None for fewer than two"""
+    means = np.array(list(unit_means(pairs).values()))  # (n,)
+    if len(means) < 2:
         return None
-    return interval(resample(len(means), resamples) @ means / len(means))
+    return interval(means.mean(), (means.sum() - means) / (len(means) - 1))
 
 
-def kid_interval(mine, base, photos, features, resamples):
-    """KID to the photographs, and its difference to base's -> two v
-
-    mine, base, photos: [Picture]. features {name: (D,)}, what KID compares. Prompts and
-    photographs are halved.
-    """
-
-    def pick(pictures, units):
-        rows = [features[picture.name] for picture in pictures if picture.unit in units]
-        return torch.stack(rows)  # (n, D)
-
-    def kids(prompts, numbers):
-        real = pick(photos, numbers)
-        one = R.kid(pick(mine, prompts), real)
-        return one, one - R.kid(pick(base, prompts), real)
-
-    # the prompts that mine has pictures of; base's of the others do not count here
-    sides = [
-        sorted({picture.unit for picture in pictures}) for pictures in (mine, photos)
-    ]
-    draws = [kids(*sides)]
-    noise = rng("bench halves")
-    for _ in range(min(resamples, 200)):
-        halves = [set(noise.permutation(units)[: len(units) // 2]) for units in sides]
-        draws.append(kids(*halves))
-    draws = np.array(draws)  # (1 + R, 2)
-    draws[1:] += draws[0] - draws[1:].mean(0)  # the spread of halves, around the whole
-    return [interval(column) for column in draws.T]
+def kid_draws(kernels):
+    """reward.mean_kernels -> KID, without each prompt (U,), without each photograph (n,)"""
+    xx, xy, yy = kernels  # (U, U), (U, n), (n, n)
+    prompts = []
+    for u in range(len(xx)):
+        rest = torch.arange(len(xx)) != u
+        prompts.append(R.mmd(xx[rest][:, rest], xy[rest], yy))
+    photographs = []
+    for i in range(len(yy)):
+        rest = torch.arange(len(yy)) != i
+        photographs.append(R.mmd(xx, xy[:, rest], yy[rest][:, rest]))
+    return R.mmd(xx, xy, yy), np.array(prompts), np.array(photographs)
 
 
 def bradley_terry(wins):
-    """wins (..., n, n), how often i beat j, ties as half -> ratings (..., n), 400 log10 of the
-    odds; mean 1000
+    """wins (..., n, n), how often i beat j, ties as half -> ratings (..., n), 400 log10 of the odds; mean 1000
 
-    Hunter's MM iteration (2004). One tie is added to each pair: who won or lost everything
-    stays finite.
+    Hunter's MM iteration (2004). One tie is added to each pair: who won or lost everything stays finite.
     """
     wins = wins + 0.5 * (1 - np.eye(wins.shape[-1]))
     games = wins + wins.swapaxes(-1, -2)
@@ -221,23 +197,11 @@ def bradley_terry(wins):
     return 1000 + ratings - ratings.mean(-1, keepdims=True)
 
 
-def rank_correlation(statistic, one, two):
-    """stats.kendalltau (tau-b) or spearmanr, row by row of two (1 + R, n) -> v
-
-    0 where a side has no order at all: all ratings equal, which scipy calls NaN.
-    """
-    return interval(
-        np.nan_to_num([statistic(x, y).statistic for x, y in zip(one, two)])
-    )
-
-
 # ---------------------------------------------------------------- contestants
 
 
 def key(*parts):
-    """24 hex digits that are equal where all parts are. What JSON does not know counts by
-    its str().
-    """
+    """24 hex digits that are equal where all parts are; what JSON does not know counts by its str()"""
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:24]
 
 
@@ -262,8 +226,7 @@ def in_codec(picture):
 def rewrites(run, cfg, prompts, folder):
     """Another rewrite for each picture -> P*M texts, prompt-major
 
-    They stay on disk: to write them again takes minutes with a real LLM, and rounding could
-    change a word.
+    They stay on disk: to write them again takes minutes with a real LLM, and rounding could change a word.
     """
     adapter = Path(cfg.out) / "refiner"
     run.refiner.load(adapter)
@@ -280,9 +243,8 @@ def rewrites(run, cfg, prompts, folder):
 def draw(run, cfg, weights, prompts, texts, folder):
     """texts P*M, prompt-major -> [Picture] of one contestant
 
-    Picture m of prompt p starts from the same noise in every contestant, whatever the run's
-    seed. Only what is not on disk is drawn, so a killed bench goes on where it was. weights:
-    the LoRA's hash, "" for none.
+    Picture m of prompt p starts from the same noise in every contestant, whatever the run's seed. Only what is
+    not on disk is drawn, so a killed bench goes on where it was. weights: the LoRA's hash, "" for none.
     """
     made_by = weights, asdict(cfg.generator), cfg.dtype
     keys = []
@@ -296,21 +258,16 @@ def draw(run, cfg, weights, prompts, texts, folder):
     for start in tqdm(range(0, len(todo), cfg.micro_batch), desc="draw"):
         rows = todo[start : start + cfg.micro_batch]
         # images (b,3,H,W)
-        images, _ = run.generator.rollout(
-            [texts[i] for i in rows], [keys[i] for i in rows]
-        )
+        images, _ = run.generator.rollout([texts[i] for i in rows], [keys[i] for i in rows])
         for i, drawn in zip(rows, R.to_pil(images)):
             write(pictures[i].file, in_codec(drawn))
     return pictures
 
 
 def listing(name, path, prompts):
-    """A folder of 00000.jpg ... by the prompt's line, or JSON lines {"image", "prompt"} ->
-    [Picture]
+    """A folder of 00000.jpg ... by the prompt's line, or JSON lines {"image", "prompt"} -> [Picture]
 
-    A contestant draws the test prompts, all of them; the captions of photographs may be their
-    own. A file that is not there is listed too, by the number of its prompt: `adopt` will name
-    it.
+    The captions of photographs may be their own; all others draw the test prompts, each of them.
     """
     path = Path(path)
     with loading(f"{path}, for {len(prompts)} test prompts,"):
@@ -319,53 +276,38 @@ def listing(name, path, prompts):
             rows = [(file, prompts[int(file.stem)]) for file in files]
         else:
             rows = R.read_list(path)
-        if path.is_dir() or name != "photographs":
-            there = {text for _, text in rows}
-            gaps = [p for p, text in enumerate(prompts) if text not in there]
-            rows += [(path / f"{p:05d}.jpg", prompts[p]) for p in gaps]
         if name == "photographs":
             return [Picture(i, *row) for i, row in enumerate(rows)]
-        return [Picture(prompts.index(text), file, text) for file, text in rows]
+        pictures = [Picture(prompts.index(text), file, text) for file, text in rows]
+    without = sorted(set(range(len(prompts))) - {picture.unit for picture in pictures})
+    if without:
+        raise ConfigError(
+            f"{path}: no picture for prompt {without[0]:05d}, {prompts[without[0]]!r}; expected one"
+        )
+    return pictures
 
 
 def adopt(run, cfg, name, pictures, folder):
-    """Pictures from elsewhere -> [Picture] in the common size and codec, names of the missing
+    """Pictures from elsewhere -> [Picture] in the common size and codec, resized and cropped
 
-    They are resized and cropped. With autoencode_photos photographs also pass through the
-    generator's autoencoder, whose blur would tell them apart.
+    With autoencode_photos photographs also pass through the generator's autoencoder, whose blur would tell.
     """
     shape = cfg.generator.height, cfg.generator.width
-    through = (
-        cfg.generator.model if name == "photographs" and cfg.autoencode_photos else ""
-    )
+    through = cfg.generator.model if name == "photographs" and cfg.autoencode_photos else ""
     adopted = []
-    missing = []
     for picture in tqdm(pictures, desc=f"read {name}"):
-        try:
-            image = R.read_image(picture.file, shape)[None]  # (1,3,H,W)
-        except ConfigError:
-            missing.append(picture.file.name)
-            continue
-        file = (
-            folder / f"{key(content(picture.file), picture.text, shape, through)}.jpg"
-        )
+        image = R.read_image(picture.file, shape)[None]  # (1,3,H,W)
+        file = folder / f"{key(content(picture.file), picture.text, shape, through)}.jpg"
         if not file.exists():
             write(file, in_codec(R.to_pil(run.real(image) if through else image)[0]))
         adopted.append(picture._replace(file=file))
-    units = {picture.unit for picture in adopted}
-    if len(units) < 4:
-        raise ConfigError(
-            f"{name}: pictures of {len(units)} prompts can be read; expected 4 or more"
-        )
-    return adopted, missing
+    return adopted
 
 
 def gather(run, cfg, prompts, elsewhere, folder):
-    """Every contestant, photographs last -> {name: [Picture]}, {name: names of missing
-    pictures}
+    """Every contestant, photographs last -> {name: [Picture]}
 
-    The run's own draw with what is trained in <out>. elsewhere {name: [Picture]}: as `listing`
-    found them.
+    The run's own draw with what is trained in <out>. elsewhere {name: [Picture]}: as `listing` found them.
     """
     plain = [prompt for prompt in prompts for _ in range(cfg.bench.images)]
     rewritten = rewrites(run, cfg, prompts, folder) if run.refiner else None
@@ -377,34 +319,27 @@ def gather(run, cfg, prompts, elsewhere, folder):
             weights = content(Path(cfg.out) / name / LORA[name])
         if texts:
             contestants[name] = draw(run, cfg, weights, prompts, texts, folder)
-    missing = {}
     for name, pictures in elsewhere.items():
-        contestants[name], gone = adopt(run, cfg, name, pictures, folder)
-        if gone:
-            missing[name] = gone
-    return contestants, missing
+        contestants[name] = adopt(run, cfg, name, pictures, folder)
+    return contestants
 
 
 # ---------------------------------------------------------------- Detector-Scoring
 
 
 def over(run, cfg, pictures, function):
-    """function(images (b,3,H,W), texts) -> b rows, over all [Picture], a micro-batch at a
-    time -> {name: row}
-    """
+    """function(images (b,3,H,W), texts) -> b rows, over all [Picture], a micro-batch at a time -> {name: row}"""
     rows = {}
     for start in range(0, len(pictures), cfg.micro_batch):
         chunk = pictures[start : start + cfg.micro_batch]
-        images = torch.stack([R.read_image(picture.file) for picture in chunk]).to(
-            run.device
-        )
+        images = torch.stack([R.read_image(picture.file) for picture in chunk])
         texts = [picture.text for picture in chunk]
-        rows |= zip([picture.name for picture in chunk], function(images, texts))
+        rows |= zip([picture.name for picture in chunk], function(images.to(run.device), texts))
     return rows
 
 
 def measure(run, cfg, rewards, pictures):
-    """What each reward says of each picture, and `heldout` -> {name: {metric: number}}
+    """What each reward says of each picture -> {name: {metric: number}}, the axes' means among them
 
     With `offload` a reward visits the GPU once, not once a micro-batch.
     """
@@ -418,21 +353,18 @@ def measure(run, cfg, rewards, pictures):
             for name, value in over(run, cfg, pictures, rows).items():
                 seen[name][metric] = value
     for scores in seen.values():
-        if cfg.rewards.heldout:
-            scores["heldout"] = float(np.mean([scores[name] for name in cfg.rewards.heldout]))
+        if cfg.bench.axes.realism:
+            scores["heldout"] = float(np.mean([scores[name] for name in cfg.bench.axes.realism]))
     return seen
 
 
 def figures_of(cfg, contestants, seen, categories):
-    """-> {path in bench.json: [(unit, value)]} of scores, difference, real, categories; seen
-    {name: scores}
+    """-> {path in bench.json: [(unit, value)]} of scores, difference, real, categories; seen {name: scores}
 
     A photograph has the category of the prompt that its caption is.
     """
     rewards = cfg.rewards.train | cfg.rewards.heldout
-    detectors = [name for name in rewards if rewards[name].kind.startswith(P_REAL)] + [
-        "heldout"
-    ]
+    detectors = [name for name, reward in rewards.items() if reward.kind != "clip"] + ["heldout"]
     figures = defaultdict(list)
     for name, pictures in contestants.items():
         for picture in pictures:
@@ -444,100 +376,83 @@ def figures_of(cfg, contestants, seen, categories):
                     path = "categories", categories[picture.text], name, metric
                     figures[path].append((picture.unit, value))
     for kind, name, metric, *_ in list(figures):
-        if kind != "scores" or name == "photographs":
-            continue
-        # a picture less base's mean for its prompt, so that what prompts differ by cancels
-        base = unit_means(figures["scores", "base", metric])
-        change = [
-            (unit, value - base[unit])
-            for unit, value in figures["scores", name, metric]
-        ]
-        figures["difference", name, metric] = change
+        if kind == "scores" and name != "photographs":
+            # a picture less base's mean for its prompt, so that what prompts differ by cancels
+            base = unit_means(figures["scores", "base", metric])
+            pairs = figures["scores", name, metric]
+            figures["difference", name, metric] = [(unit, value - base[unit]) for unit, value in pairs]
     return figures
 
 
-def nest(figures, resamples):
+def nest(figures):
     """{path: [(unit, value)]} -> {key: {key: ... v}}"""
     result = {}
     for path, pairs in figures.items():
         node = result
         for name in path[:-1]:
             node = node.setdefault(name, {})
-        node[path[-1]] = bootstrap(pairs, resamples)
+        node[path[-1]] = mean_interval(pairs)
     return result
 
 
-def add_kid(result, contestants, features, resamples):
-    """`kid` of scores and difference; features {name: (D,)}"""
-    for name, change in result["difference"].items():
-        sides = contestants[name], contestants["base"], contestants["photographs"]
-        result["scores"][name]["kid"], change["kid"] = kid_interval(
-            *sides, features, resamples
-        )
+def add_kid(result, metric, contestants, features):
+    """KID of scores and difference; features {name: (D,)}"""
+
+    def of(pictures):
+        return torch.stack([features[picture.name] for picture in pictures])  # (n, D)
+
+    photographs = of(contestants["photographs"])
+    draws = {}
+    for name in result["difference"]:  # base first
+        units = torch.tensor([picture.unit for picture in contestants[name]])
+        draws[name] = kid_draws(R.mean_kernels(of(contestants[name]), photographs, units))
+        result["scores"][name][metric] = interval(*draws[name])
+        change = [mine - base for mine, base in zip(draws[name], draws["base"])]
+        result["difference"][name][metric] = interval(*change)
 
 
 # ---------------------------------------------------------------- the judge
 
-# the five things that RealBench's judges are told to look for; words of our own
-TASK = """You are shown {what}. Look for what cameras do not do: anatomy and faces (hands, eyes, \
-teeth, skin like wax), repetition (copied details, texture that repeats), lighting (shadows and \
-reflections that disagree), edges (halos, outlines that melt into each other) and colour \
-consistency (casts, saturation no lens would give). Beauty, subject and size do not count. \
-{question} Reply with JSON only: {json}"""
-PAIR = TASK.format(
-    what="two pictures",
-    question="Which one is more likely to be an unedited photograph?",
-    json='{"anatomy": ..., "repetition": ..., "lighting": ..., "edges": ..., "colour": ..., "answer": ...}, '
-    'each "first", "second" or "tie".',
-)
-SINGLE = TASK.format(
-    what="a picture",
-    question="Is it an unedited photograph (real) or made by a computer (fake)?",
-    json='{"answer": "real" or "fake"}.',
-)
-# the question, and what may be answered; another wording shares no answer with this one
-QUESTIONS = {"pair": (PAIR, "first|second|tie"), "single": (SINGLE, "real|fake")}
+# what RealBench's judges are told to look for, one question an axis; words of our own
+PAIR = """You are shown two pictures. Compare them three times. realism: which one is more likely an unedited \
+photograph? Look for what cameras do not do: anatomy and faces (hands, eyes, teeth, skin like wax), repetition \
+(copied details, texture that repeats), lighting (shadows and reflections that disagree), edges (halos, outlines \
+that melt into each other) and colour (casts, saturation no lens would give); beauty does not count. detail: \
+which one has more true fine structure, such as skin, hair, leaves or cloth? Noise, blocks and patterns are not \
+structure. aesthetics: which one pleases more, by light, colour and composition? The subject never counts. \
+Reply with JSON only: {"realism": ..., "detail": ..., "aesthetics": ...}, each "first", "second" or "tie"."""
 # what an answer is worth to the first picture
-POINTS = {"first": 1.0, "tie": 0.5, "second": 0.0, "real": 1.0, "fake": 0.0}
+POINTS = {"first": 1.0, "tie": 0.5, "second": 0.0}
 
 
-def parse(reply, words):
-    """A judge's reply -> one of `words`, or None: the last "answer" of the JSON, or hardly more
-    than the word
+def parse(reply):
+    """A judge's reply -> {axis: answer}: the last one of each axis; what a model thinks aloud is left out
 
-    Free text says nothing: "not a real photograph" holds the word `real`. What a model thinks
-    aloud is left out.
+    Free text says nothing: "the first is not a real photograph" holds the word `first`.
     """
     text = reply.rpartition("</think>")[2].lower()
-    found = re.findall(rf"\banswer\W*(?:is\W+)?(?:the\W+)?({words})\b", text)
-    found = found or re.findall(
-        rf"^\W*(?:the\W+)?({words})(?:\W+(?:picture|image|one))?\W*$", text
-    )
-    return found[-1] if found else None
+    answers = {}
+    for axis in asdict(AxesConfig()):
+        found = re.findall(rf"\b{axis}\W*(?:is\W+)?(?:the\W+)?(first|second|tie)\b", text)
+        if found:
+            answers[axis] = found[-1]
+    return answers
 
 
 def connect(cfg, device):
     """The model that is asked. ConfigError where there is none, or no key for it."""
-    judge = cfg.bench.judge
-    if judge.kind == "vlm":
-        return Vlm(judge.model, device, dtype=cfg.dtype)
-    return Endpoint(
-        judge.model,
-        device,
-        base_url=judge.base_url,
-        key=judge.key,
-        timeout=judge.timeout,
-        retries=judge.retries,
-        concurrency=judge.concurrency,
-    )
+    options = asdict(cfg.bench.judge)
+    model = options.pop("model")
+    if options.pop("kind") == "vlm":
+        return Vlm(model, device, dtype=cfg.dtype)
+    return Endpoint(model, device, **options)
 
 
 class Judge:
-    """Answers ("pair", name, name) and ("single", name) of pictures.
+    """Says of two pictures, by name, which is better on each axis.
 
-    answers {question: answer}. What is unparsed or failed is open: no loss for either side, and
-    asked again by the next run. seen {name: scores}: its `heldout` is all that the detector
-    judge looks at, and is not logged.
+    answers {(name, name): {axis: answer}}. What is unparsed or failed is open: no loss for either side, and
+    asked again by the next run. seen {name: scores}: all that the detector judge looks at; it is not logged.
     """
 
     def __init__(self, cfg, folder, seen, device):
@@ -547,99 +462,81 @@ class Judge:
         self.device = device
         judge = cfg.bench.judge
         self.name = f"{judge.kind} {judge.model} {judge.base_url if judge.kind == 'openai' else ''}".strip()
-        self.model = None
+        self.made_by = self.name, key(PAIR)  # another wording shares no answer with this one
+        self.calls = Counter()
         self.failed_in_a_row = 0
+        self.axes = asdict(cfg.bench.axes)
+        if judge.kind == "detector":
+            self.axes = {axis: metrics for axis, metrics in self.axes.items() if metrics}
         self.log = folder.parent / "judgements.jsonl"
         data = self.log.read_bytes() if self.log.exists() else b""
-        # without the half line that a kill may leave
-        write(self.log, data[: data.rfind(b"\n") + 1])
-        rows = map(json.loads, self.log.read_text().splitlines())
-        self.rows = [
-            row
-            for row in rows
-            if (row["judge"], row["wording"]) == (self.name, key(QUESTIONS))
-        ]
-        self.answers = {
-            tuple(row["pictures"]): row["answer"] for row in self.rows if row["answer"]
-        }
-        self.earlier = len(self.rows)
+        write(self.log, data[: data.rfind(b"\n") + 1])  # without the half line that a kill may leave
+        rows = [json.loads(line) for line in self.log.read_text().splitlines()]
+        rows = [row for row in rows if tuple(row["made_by"]) == self.made_by and row["answers"]]
+        self.answers = {tuple(row["pictures"]): row["answers"] for row in rows}
 
-    def ask(self, questions):
+    def ask(self, pairs):
         """Puts those that have no answer yet"""
-        todo = [
-            question
-            for question in dict.fromkeys(questions)
-            if question not in self.answers
-        ]
+        todo = [pair for pair in dict.fromkeys(pairs) if pair not in self.answers]
         if self.cfg.bench.judge.kind == "detector":
-            self.answers |= {question: self.compare(*question[1:]) for question in todo}
+            self.answers |= {pair: self.compare(*pair) for pair in todo}
         elif todo:
-            self.model = self.model or connect(self.cfg, self.device)
-            with tqdm(total=len(todo), desc="judge") as self.bar:
-                # an Endpoint has a map of its own, which asks several at a time
-                list(getattr(self.model, "map", map)(self.put, todo))
+            self.model = connect(self.cfg, self.device)
+            # an Endpoint has a map of its own, which asks several at a time
+            asked = getattr(self.model, "map", map)(self.put, tqdm(todo, desc="judge"))
+            self.answers |= {pair: answers for pair, answers in zip(todo, asked) if answers}
 
     def compare(self, x, y):
         """The detector judge; a tie only where two are equal, as different files hardly are"""
-        ahead = np.sign(self.seen[x]["heldout"] - self.seen[y]["heldout"])
-        return {1: "first", 0: "tie", -1: "second"}[ahead]
+        answers = {}
+        for axis, metrics in self.axes.items():
+            ahead = sum(self.seen[x][metric] - self.seen[y][metric] for metric in metrics)
+            answers[axis] = {1: "first", 0: "tie", -1: "second"}[np.sign(ahead)]
+        return answers
 
-    def put(self, question):
-        """One question to the model, and its answer into the log"""
-        text, words = QUESTIONS[question[0]]
-        row = {
-            "judge": self.name,
-            "wording": key(QUESTIONS),
-            "pictures": question,
-            "answer": None,
-        }
+    def put(self, pair):
+        """One question to the model -> its answers, which are also logged"""
+        row = {"made_by": self.made_by, "pictures": pair, "answers": {}}
         try:
-            pictures = [
-                Image.open(self.folder / f"{name}.jpg") for name in question[1:]
-            ]
-            reply = self.model.reply(pictures, text)
-            row |= {"answer": parse(reply, words), "reply": reply[:1000]}
+            pictures = [Image.open(self.folder / f"{name}.jpg") for name in pair]
+            row["reply"] = self.model.reply(pictures, PAIR)[:1000]
+            row["answers"] = parse(row["reply"])
+            self.calls["answered" if row["answers"] else "unparsed"] += 1
             self.failed_in_a_row = 0
         except NoAnswer as failure:
             row["error"] = str(failure)
+            self.calls["failed"] += 1
             # 400 may be about these pictures alone, unless it was never otherwise
-            if "HTTP 400" not in row["error"] or not self.answers:
-                self.failed_in_a_row += 1
-        # a line fits into one write, so those of several threads cannot mix
-        with open(self.log, "a") as log:
+            self.failed_in_a_row += "HTTP 400" not in row["error"] or not self.calls["answered"]
+            if self.failed_in_a_row >= GIVE_UP:
+                raise ConfigError(
+                    f"bench.judge: {failure}, {GIVE_UP} times; expected answers, run again to go on"
+                ) from failure
+        with open(self.log, "a") as log:  # a line fits into one write, so those of several threads cannot mix
             log.write(json.dumps(row) + "\n")
-        self.rows.append(row)
-        self.bar.update()
-        if row["answer"]:
-            self.answers[question] = row["answer"]
-        if self.failed_in_a_row >= GIVE_UP:
-            raise ConfigError(
-                f"bench.judge: {row['error']}, {GIVE_UP} times; expected answers, run again to go on"
-            )
+        return row["answers"]
 
-    def points(self, *question):
-        """What the answer is worth to the first picture, NaN without one"""
-        return POINTS.get(self.answers.get(question), np.nan)
+    def won(self, axis, x, y):
+        """1, 1/2 or 0 for x, asked in both orders; NaN where one of the two answers is missing"""
+        there = POINTS.get(self.answers.get((x, y), {}).get(axis), np.nan)
+        back = 1 - POINTS.get(self.answers.get((y, x), {}).get(axis), np.nan)
+        # the median makes a tie of what is not said both times
+        return float(np.median([there, 0.5, back]))
 
     def summary(self, pairs):
         """How far the judge may be believed, and what it cost"""
-        told = {q[1:]: answer for q, answer in self.answers.items() if q[0] == "pair"}
-        first = [answer == "first" for answer in told.values() if answer != "tie"]
-        changed = [
-            answer == told[y, x] != "tie"
-            for (x, y), answer in told.items()
-            if (y, x) in told
+        told = [
+            (pair, axis, answer) for pair, found in self.answers.items() for axis, answer in found.items()
         ]
-        calls = self.rows[self.earlier :]
-        failed = sum("error" in row for row in calls)
+        first = [answer == "first" for _, _, answer in told if answer != "tie"]
+        changed = [answer == self.answers.get((y, x), {}).get(axis) != "tie" for (x, y), axis, answer in told]
         return {
             "name": self.name,
             "pairs": pairs,
             "answered": len(self.answers),
-            "unparsed": sum(not row["answer"] for row in calls) - failed,
-            "failed": failed,
-            "calls": len(calls),
-            "calls_total": len(self.rows),
+            "unparsed": self.calls["unparsed"],
+            "failed": self.calls["failed"],
+            "calls": self.calls.total(),
             "position_bias": float(np.mean(first)) if first else None,
             "order_changed": float(np.mean(changed)) if changed else None,
         }
@@ -648,121 +545,102 @@ class Judge:
 # ---------------------------------------------------------------- Arena-Scoring
 
 
-@cache
-def words_of(text):
-    return set(re.findall(r"\w+", text.lower()))
+def deal(photographs, prompts):
+    """Every photograph to one prompt, evenly: to the one whose words its caption shares most, while it has room
 
-
-def same_subject(prompt, photographs):
-    """The photographs whose captions share most of a prompt's words (Jaccard): its own, if
-    that is there
+    -> per prompt its Pictures. So every photograph meets someone, and a prompt that is left out takes its
+    photographs along: none counts twice.
     """
-    words = words_of(prompt)
-    near = []
-    for photograph in photographs:
-        other = words_of(photograph.text)
-        near.append(len(words & other) / max(len(words | other), 1))
-    return [photograph for photograph, v in zip(photographs, near) if v == max(near)]
+    words = [set(re.findall(r"\w+", prompt.lower())) for prompt in prompts]
+    room = -(-len(photographs) // len(prompts))
+    dealt = [[] for _ in prompts]
+    for i in rng("bench deal").permutation(len(photographs)).tolist():
+        own = set(re.findall(r"\w+", photographs[i].text.lower()))
+        near = [len(own & other) / max(len(own | other), 1) for other in words]
+        free = [p for p in range(len(prompts)) if len(dealt[p]) < room]
+        dealt[max(free, key=lambda p: (near[p], -len(dealt[p])))].append(photographs[i])
+    return dealt
 
 
 def by_prompt(contestants, prompts):
-    """{contestant: per prompt its Pictures}; a photograph meets the prompts whose subject it
-    shows
-    """
+    """{contestant: [Picture]} -> {contestant: per prompt its Pictures}"""
     result = {}
     for name, pictures in contestants.items():
-        result[name] = [
-            [picture for picture in pictures if picture.unit == p]
-            for p in range(len(prompts))
-        ]
-    result["photographs"] = [
-        same_subject(prompt, contestants["photographs"]) for prompt in prompts
-    ]
+        result[name] = [[x for x in pictures if x.unit == p] for p in range(len(prompts))]
+    result["photographs"] = deal(contestants["photographs"], prompts)
     return result
 
 
 def matches(pictures, limit):
-    """{contestant: per prompt its Pictures} -> [(a, b, prompt, picture of a, picture of b)] for
-    all pairs
+    """{contestant: per prompt its Pictures} -> [(a, b, prompt, picture of a, picture of b)] for all pairs
 
-    Picture m meets picture m, drawn from the same noise; at most `limit` a pair of contestants.
-    Each prompt has its turn before any has a second one.
+    Picture m meets picture m, drawn from the same noise; where there are more photographs than pictures, each
+    contestant begins with the next ones. At most `limit` a pair of contestants, and each prompt has its turn
+    before any has a second one.
     """
     result = []
-    for a, b in combinations(pictures, 2):
+    for turn, (a, b) in enumerate(combinations(pictures, 2)):
         rows = []
         for p in rng("bench matches").permutation(len(pictures[a])).tolist():
             there = pictures[b][p]
+            skip = turn * len(pictures[a][p]) if b == "photographs" else 0
             for m, x in enumerate(pictures[a][p] if there else []):
-                rows.append((m, a, b, p, x.name, there[m % len(there)].name))
+                rows.append((m, a, b, p, x.name, there[(m + skip) % len(there)].name))
         rows.sort(key=lambda row: row[0])
         result += [row[1:] for row in rows[:limit]]
     return result
 
 
 def hold(judge, rows):
-    """Ask every match in both orders -> {(a, b): [(prompt, won by a)]}, and the same seen from
-    b
+    """Ask every match in both orders -> {axis: {(a, b): [(prompt, won by a)]}}, and the same seen from b
 
     won: 1, 1/2 or 0; NaN where one of the two answers is missing.
     """
-    judge.ask([("pair", *pair) for *_, x, y in rows for pair in ((x, y), (y, x))])
-    results = defaultdict(list)
-    for a, b, p, x, y in rows:
-        there = judge.points("pair", x, y)
-        back = 1 - judge.points("pair", y, x)
-        # the median makes a tie of what is not said both times
-        won = float(np.median([there, 0.5, back]))
-        results[a, b].append((p, won))
-        results[b, a].append((p, 1 - won))
+    judge.ask([pair for *_, x, y in rows for pair in ((x, y), (y, x))])
+    results = {}
+    for axis in judge.axes:
+        results[axis] = defaultdict(list)
+        for a, b, p, x, y in rows:
+            won = judge.won(axis, x, y)
+            results[axis][a, b].append((p, won))
+            results[axis][b, a].append((p, 1 - won))
     return results
 
 
-def rate(results, names, units, resamples):
-    """Ratings of `names` in each resample of the prompts, (1 + R, n)"""
-    wins = np.zeros((units, len(names), len(names)))
+def rate(results, names):
+    """Ratings of `names`, (n,), and what they are without each prompt, (units, n)"""
+    units = {p: i for i, p in enumerate(dict.fromkeys(p for rows in results.values() for p, _ in rows))}
+    wins = np.zeros((len(units), len(names), len(names)))
     for (a, b), rows in results.items():
         for p, won in rows:
-            wins[p, names.index(a), names.index(b)] += np.nan_to_num(won)
-    return bradley_terry(np.einsum("ru,uij->rij", resample(units, resamples), wins))
+            wins[units[p], names.index(a), names.index(b)] += np.nan_to_num(won)
+    return bradley_terry(wins.sum(0)), bradley_terry(wins.sum(0) - wins)
 
 
-def arena_scoring(results, names, units, resamples):
-    """-> arena and rating of bench.json"""
-    arena = defaultdict(dict)
+def rating(results, names):
+    """-> {contestant: v}"""
+    whole, left_out = rate(results, names)
+    return {name: interval(whole[i], left_out[:, i]) for i, name in enumerate(names)}
+
+
+def arena(results):
+    """-> {a: {b: counts, rate and its interval}}"""
+    table = defaultdict(dict)
     for (a, b), rows in results.items():
         won = [v for _, v in rows]
         counts = {"win": won.count(1), "tie": won.count(0.5), "loss": won.count(0)}
         counts["errors"] = len(won) - sum(counts.values())
-        v = bootstrap(rows, resamples)
+        v = mean_interval(rows)
         if v:
-            arena[a][b] = counts | {"rate": v.pop("mean")} | v
-    ratings = rate(results, names, units, resamples)
-    return {
-        "arena": arena,
-        "rating": {name: interval(draws) for name, draws in zip(names, ratings.T)},
-    }
-
-
-def verdicts(judge, rows):
-    """The pictures that the matches show, one at a time -> {path in bench.json: [(prompt,
-    judged real)]}
-    """
-    shown = dict.fromkeys(
-        one for a, b, p, x, y in rows for one in ((a, p, x), (b, p, y))
-    )
-    judge.ask([("single", x) for *_, x in shown])
-    figures = defaultdict(list)
-    for name, p, x in shown:
-        figures["real", name, "judge"].append((p, judge.points("single", x)))
-    return figures
+            table[a][b] = counts | {"rate": v.pop("mean")} | v
+    return table
 
 
 # ---------------------------------------------------------------- people
 
 
 def read_votes(path, names, prompts):
-    """CSV (prompt, left, right, vote: left, right or tie) -> results as `hold` has them
+    """CSV (prompt, left, right, vote: left, right or tie) -> results of one axis, as `hold` has them
 
     What is no prompt, contestant or vote is a ConfigError that names it.
     """
@@ -777,28 +655,27 @@ def read_votes(path, names, prompts):
     return results
 
 
-def compare_people(votes, results, units, resamples):
-    """Do people and the arena rank alike, do they agree on the same pair of pictures? -> human
-    of bench.json
+def compare_people(votes, results):
+    """Do people and the arena rank alike, do they agree on the same pair of pictures? -> human of bench.json
 
-    tau, rho: of the ratings. Agreement: 1 the same answer, 1/2 if just one of the two is a tie,
-    0 opposite; only where there is a judgement.
+    tau, rho: of the ratings. Agreement: 1 the same answer, 1/2 if just one of the two is a tie, 0 opposite;
+    only where there is a judgement.
     """
     names = list(dict.fromkeys(name for name, _ in votes))
     judged = {pair: rows for pair, rows in results.items() if set(pair) <= set(names)}
-    people, arena = (rate(side, names, units, resamples) for side in (votes, judged))
+    people, _ = rate(votes, names)
+    judges, _ = rate(judged, names)
     agreed = []
     for pair, rows in votes.items():
-        # of each prompt the first match, which is the one that the page shows
-        first = dict(reversed(judged.get(pair, [])))
+        first = dict(reversed(judged.get(pair, [])))  # of each prompt the match that the page shows
         agreed += [(p, 1 - abs(won - first.get(p, np.nan))) for p, won in rows]
     return {
         "votes": len(agreed) // 2,  # each stands there from both sides
         "compared": int(np.isfinite([v for _, v in agreed]).sum()) // 2,
-        "tau": rank_correlation(stats.kendalltau, people, arena),
-        "rho": rank_correlation(stats.spearmanr, people, arena),
-        "agreement": bootstrap(agreed, resamples),
-        "rating": {name: interval(draws) for name, draws in zip(names, people.T)},
+        "tau": stats.kendalltau(people, judges).statistic,
+        "rho": stats.spearmanr(people, judges).statistic,
+        "agreement": mean_interval(agreed),
+        "rating": rating(votes, names),
     }
 
 
@@ -809,28 +686,47 @@ def add_noise(picture, std):
     pixels = np.asarray(picture)  # (H,W,3)
     # another noise for each picture: one for all may look more or less like a photograph's
     noise = rng("bench noise", int(pixels.sum())).standard_normal(pixels.shape)
-    return Image.fromarray(
-        (pixels + 255 * std * noise).round().clip(0, 255).astype(np.uint8)
+    return Image.fromarray((pixels + 255 * std * noise).round().clip(0, 255).astype(np.uint8))
+
+
+def weave(picture, strength):
+    """A grid at the period of a decoder's patches, 8 pixels"""
+    pixels = np.asarray(picture).astype(float)  # (H,W,3)
+    wave = np.cos(np.pi * np.arange(pixels.shape[0]) / 4)[:, None] + np.cos(
+        np.pi * np.arange(pixels.shape[1]) / 4
     )
+    return Image.fromarray((pixels + 255 * strength * wave[..., None]).clip(0, 255).astype(np.uint8))
 
 
-# PIL picture, strength -> PIL picture; weak, middle, strong. The median of `smooth` melts
-# texture and leaves edges, as on retouched skin.
+def repeat(picture, share):
+    """The middle of the picture, an eighth of it wide, copied over a share of it from the left"""
+    width = picture.width
+    edge = width // 8
+    tile = picture.crop((3 * edge, 3 * edge, 4 * edge, 4 * edge))
+    out = picture.copy()
+    for x in range(0, int(share * width), edge):
+        for y in range(0, picture.height, edge):
+            out.paste(tile, (x, y))
+    return out
+
+
+def cast(picture, strength):
+    """Red up, blue down"""
+    gains = np.array([1 + strength, 1, 1 - strength])
+    return Image.fromarray((np.asarray(picture) * gains).round().clip(0, 255).astype(np.uint8))
+
+
+# PIL picture, strength -> PIL picture; weak, middle, strong. The median of `smooth` melts texture and leaves
+# edges, as on retouched skin.
 DISTORTIONS = {
-    "blur": (
-        lambda x, sigma: x.filter(ImageFilter.GaussianBlur(sigma)),
-        (0.6, 1.0, 2.0),
-    ),
+    "blur": (lambda x, sigma: x.filter(ImageFilter.GaussianBlur(sigma)), (0.6, 1.0, 2.0)),
     "noise": (add_noise, (0.04, 0.08, 0.16)),
-    "jpeg": (
-        lambda x, quality: Image.open(io.BytesIO(R.encode(x, quality))),
-        (40, 20, 10),
-    ),
+    "jpeg": (lambda x, quality: Image.open(io.BytesIO(R.encode(x, quality))), (40, 20, 10)),
     "smooth": (lambda x, pixels: x.filter(ImageFilter.MedianFilter(pixels)), (3, 5, 7)),
-    "saturate": (
-        lambda x, factor: ImageEnhance.Color(x).enhance(factor),
-        (1.4, 2.0, 3.0),
-    ),
+    "saturate": (lambda x, factor: ImageEnhance.Color(x).enhance(factor), (1.4, 2.0, 3.0)),
+    "weave": (weave, (0.02, 0.04, 0.08)),
+    "repeat": (repeat, (0.25, 0.5, 1.0)),
+    "cast": (cast, (0.1, 0.2, 0.4)),
 }
 
 
@@ -838,54 +734,39 @@ def spoil(picture, distortion, strength):
     """-> the Picture of a spoiled file"""
     file = picture.file.with_stem(key(picture.name, distortion, strength))
     if not file.exists():
-        write(
-            file,
-            in_codec(DISTORTIONS[distortion][0](Image.open(picture.file), strength)),
-        )
+        write(file, in_codec(DISTORTIONS[distortion][0](Image.open(picture.file), strength)))
     return picture._replace(file=file)
 
 
-def ordered(draws):
-    """A measure's (1 + R, 4), from untouched to strong, which should fall each time -> a row
-    of `selftest`
-    """
+def ordered(levels):
+    """A measure's four levels, from untouched to strong, which should fall each time -> a row of `selftest`"""
     return {
-        "levels": draws[0].tolist(),
-        "tau": rank_correlation(stats.kendalltau, draws, [[3, 2, 1, 0]] * len(draws)),
-        "below": bool((draws[0, 1:] < draws[0, 0]).all()),
-        "ordered": bool((np.diff(draws[0]) < 0).all()),
+        "levels": [float(level) for level in levels],
+        "below": bool(max(levels[1:]) < levels[0]),
+        "ordered": bool((np.diff(levels) < 0).all()),
     }
 
 
 def selftest(cfg, judge, photographs, look):
-    """Spoiled photographs must rank below untouched ones, more spoiled below less -> selftest
-    of bench.json
+    """Spoiled photographs must rank below untouched ones, more spoiled below less -> selftest of bench.json
 
-    A measure that does not see this is no measure. Of each held-out detector the mean P(real),
-    of the arena the ratings of the four levels. look([Picture]) -> {name: {metric: number}}
+    A measure that does not see this is no measure. Of each metric the mean, of the arena the ratings of the four
+    levels. look([Picture]) -> {name: {metric: number}}
     """
     photographs = photographs[: cfg.bench.pairs]
-    units = len(photographs)
-    counts = resample(units, cfg.bench.resamples)  # (1 + R, units)
+    metrics = [metric for metrics in asdict(cfg.bench.axes).values() for metric in metrics]
     result = defaultdict(dict)
     for distortion, (_, strengths) in tqdm(DISTORTIONS.items(), desc="selftest"):
         levels = [photographs]
-        for strength in strengths:
-            levels.append(
-                [spoil(picture, distortion, strength) for picture in photographs]
-            )
+        levels += [[spoil(x, distortion, strength) for x in photographs] for strength in strengths]
         judge.seen |= look(sum(levels[1:], []))
-        for metric in cfg.rewards.heldout:
-            values = [[judge.seen[x.name][metric] for x in level] for level in levels]
-            draws = counts @ np.transpose(values) / units  # (1 + R, 4)
-            result[distortion][metric] = ordered(draws)
-        pictures = {
-            i: [[picture] for picture in level] for i, level in enumerate(levels)
-        }
-        results = hold(judge, matches(pictures, units))
-        result[distortion]["arena"] = ordered(
-            rate(results, list(pictures), units, cfg.bench.resamples)
-        )
+        for metric in metrics:
+            means = [np.mean([judge.seen[x.name][metric] for x in level]) for level in levels]
+            result[distortion][metric] = ordered(means)
+        pictures = {i: [[picture] for picture in level] for i, level in enumerate(levels)}
+        results = hold(judge, matches(pictures, len(photographs)))
+        for axis in judge.axes:
+            result[distortion][f"arena {axis}"] = ordered(rate(results[axis], list(pictures))[0])
     return result
 
 
@@ -912,9 +793,7 @@ def cell(value):
 
 
 def markdown(result):
-    """bench.json -> bench.md: a value's last two keys are row and column of a table, those
-    before them its title
-    """
+    """bench.json -> bench.md: a value's last two keys are row and column of a table, those before them its title"""
     tables = defaultdict(lambda: defaultdict(dict))
     for path, value in leaves(result):
         tables[path[:-2] or path[:1]][path[-2:-1]][path[-1]] = cell(value)
@@ -930,9 +809,7 @@ def markdown(result):
 
 
 def gallery(cfg, pictures, prompts, seen):
-    """What bench.html shows of some prompts: first pictures as data URLs, 512 pixels at
-    most, and scores
-    """
+    """What bench.html shows of some prompts: first pictures as data URLs, 512 pixels at most, and scores"""
     result = []
     for p, prompt in enumerate(prompts[: cfg.bench.gallery]):
         row = {}
@@ -941,10 +818,7 @@ def gallery(cfg, pictures, prompts, seen):
                 small = Image.open(picture.file)
                 small.thumbnail((512, 512))
                 url = f"data:image/jpeg;base64,{base64.b64encode(in_codec(small)).decode()}"
-                scores = {
-                    metric: round(value, 3)
-                    for metric, value in seen[picture.name].items()
-                }
+                scores = {metric: round(value, 3) for metric, value in seen[picture.name].items()}
                 row[name] = {"url": url, "scores": scores}
         result.append({"prompt": prompt, "pictures": row})
     return result
@@ -966,14 +840,8 @@ def report(cfg, result, shown):
 
 
 def check(cfg, prompts):
-    """What can be told before a model loads -> {name: [Picture]} from elsewhere, {prompt:
-    category}, votes
-    """
+    """What can be told before a model loads -> {name: [Picture]} from elsewhere, {prompt: category}, votes"""
     b = cfg.bench
-    if len(prompts) < 4:
-        raise ConfigError(
-            f"{cfg.test_prompts}: {len(prompts)} prompts; expected 4 or more"
-        )
     for name, file in LORA.items():
         if name == "generator" or cfg.refiner:
             check_folder(Path(cfg.out) / name, file)
@@ -982,22 +850,28 @@ def check(cfg, prompts):
         raise ConfigError(
             f"bench.contestants: {few(b.contestants)}; expected other names than {few(names[:5], 5)}"
         )
-    if b.judge.kind == "detector" and not cfg.rewards.heldout:
-        raise ConfigError(
-            "bench.judge.kind: detector, but rewards.heldout is empty; expected vlm or openai"
-        )
+    for axis, metrics in asdict(b.axes).items():
+        for metric in metrics:
+            if metric not in cfg.rewards.heldout:
+                raise ConfigError(
+                    f"bench.axes.{axis}: {metric}; expected rewards.heldout's: {few(cfg.rewards.heldout, 9)}"
+                )
+    if b.judge.kind == "detector" and not any(asdict(b.axes).values()):
+        raise ConfigError("bench.judge.kind: detector, but bench.axes is empty; expected vlm or openai")
     if b.judge.kind == "vlm":
         check_folder(b.judge.model, "config.json")
     if b.judge.kind == "openai":
         connect(cfg, None)
     paths = b.contestants | {"photographs": cfg.test_photos}
     elsewhere = {name: listing(name, path, prompts) for name, path in paths.items()}
+    if min(len(prompts), len(elsewhere["photographs"])) < 4:
+        raise ConfigError(
+            f"{cfg.test_prompts}, {cfg.test_photos}: expected 4 or more prompts and photographs"
+        )
     categories = {}
     if b.categories:
         with loading(f"{b.categories}, for {len(prompts)} test prompts,"):
-            categories = dict(
-                zip(prompts, grpo.read_prompts(b.categories), strict=True)
-            )
+            categories = dict(zip(prompts, grpo.read_prompts(b.categories), strict=True))
     return elsewhere, categories, read_votes(b.human, names, prompts) if b.human else {}
 
 
@@ -1010,37 +884,38 @@ def main(cfg):
     folder.mkdir(parents=True, exist_ok=True)
     run = grpo.Run(cfg, train=False)
     heldout = R.load_rewards(cfg.rewards.heldout, "cpu" if cfg.offload else run.device)
-    contestants, missing = gather(run, cfg, prompts, elsewhere, folder)
+    contestants = gather(run, cfg, prompts, elsewhere, folder)
     everything = sum(contestants.values(), [])
     seen = measure(run, cfg, run.rewards | heldout, everything)
     for scores in seen.values():
         scores["reward"] = run.combine(scores)
-    figures = figures_of(cfg, contestants, seen, categories)
+
+    result = {"pictures": len(prompts) * b.images, "axes": asdict(b.axes)}
+    result |= nest(figures_of(cfg, contestants, seen, categories))
+    spaces = {"kid": run.features}
+    spaces |= {
+        f"kid_{name}": reward.features for name, reward in heldout.items() if hasattr(reward, "features")
+    }
+    for metric, features in spaces.items():
+        rows = over(run, cfg, everything, lambda images, texts: features(images).cpu())
+        add_kid(result, metric, contestants, rows)
 
     judge = Judge(cfg, folder, seen, run.device)
     pictures = by_prompt(contestants, prompts)
     rows = matches(pictures, b.pairs)
     results = hold(judge, rows)
-    if b.judge.kind != "detector":  # whose verdict is `heldout`
-        figures |= verdicts(judge, rows)
-
-    result = {"pictures": len(prompts) * b.images, "missing": missing}
-    result |= nest(figures, b.resamples)
-    features = over(run, cfg, everything, lambda images, texts: run.features(images))
-    add_kid(result, contestants, features, b.resamples)
-    result |= arena_scoring(results, list(contestants), len(prompts), b.resamples)
+    result["arena"] = {axis: arena(results[axis]) for axis in judge.axes}
+    result["rating"] = {axis: rating(results[axis], list(contestants)) for axis in judge.axes}
     if votes:
-        result["human"] = compare_people(votes, results, len(prompts), b.resamples)
+        result["human"] = compare_people(votes, results["realism"])
     if b.selftest:
-        look = partial(measure, run, cfg, heldout)
+        look = lambda pictures: measure(run, cfg, heldout, pictures)
         result["selftest"] = selftest(cfg, judge, contestants["photographs"], look)
     result["judge"] = judge.summary(len(rows))
     report(cfg, result, gallery(cfg, pictures, prompts, seen))
     print(markdown(result))
     seconds = time.perf_counter() - start
-    print(
-        f"{seconds:.0f} seconds. Peak memory {peak_memory():.1f} GiB. Wrote {cfg.out}/bench.*"
-    )
+    print(f"{seconds:.0f} seconds. Peak memory {peak_memory():.1f} GiB. Wrote {cfg.out}/bench.*")
 
 
 if __name__ == "__main__":

@@ -521,7 +521,8 @@ class Run:
         # training detectors may fool these too. KID asks about texture and colour, and knows no fakes.
         look = means(self.validation)
         realism = sum(look.values()) / max(len(look), 1)
-        look["kid"] = kid(ranks.gather(self.features(images), P), self.photo_features)
+        units = torch.arange(P).repeat_interleave(M)  # (P*M,), the prompt of each picture
+        look["kid"] = kid(ranks.gather(self.features(images), P), self.photo_features, units)
         look["score"] = realism - look["kid"]
         trained = means(self.rewards)
         look["reward"] = self.combine(trained)

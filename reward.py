@@ -83,24 +83,35 @@ def fake_real(logits, fake, real):
     return torch.stack([logits[:, fake].logsumexp(-1), logits[:, real].logsumexp(-1)], -1)
 
 
-def kid(x, y):
-    """Kernel Inception Distance (arXiv 1801.01401) of features x (n, D), y (m, D)
+def mean_kernels(x, y, units):
+    """Features x (n, D) of U units, y (m, D) -> KID's kernel, a mean over each unit: (U, U), (U, m), (m, m)
 
-    The unbiased squared MMD, so it may be below 0. The kernel is (x.y / D + 1)^3; the diagonals, a picture
-    with itself, are left out.
+    (x.y / D + 1)^3. units (n,): the prompt of each picture. Pictures of one prompt are alike, which is no
+    lack of variety: they are one unit, and only pairs of different units count.
     """
 
     def kernel(a, b):
         return (a @ b.T / a.shape[1] + 1) ** 3
 
-    def mean_of_pairs(k):
-        return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
-
     x = x.double()
     y = y.double()
-    return (
-        mean_of_pairs(kernel(x, x)) + mean_of_pairs(kernel(y, y)) - 2 * kernel(x, y).mean()
-    ).item()
+    member = units[None] == units.unique()[:, None]  # (U, n)
+    mean = member / member.sum(1, keepdim=True).double()  # (U, n)
+    return mean @ kernel(x, x) @ mean.T, mean @ kernel(x, y), kernel(y, y)
+
+
+def mmd(xx, xy, yy):
+    """The unbiased squared MMD of two samples; it may be below 0. A unit with itself is left out."""
+
+    def off_diagonal(k):
+        return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
+
+    return (off_diagonal(xx) + off_diagonal(yy) - 2 * xy.mean()).item()
+
+
+def kid(x, y, units):
+    """Kernel Inception Distance (arXiv 1801.01401) of features x (n, D), y (m, D); see mean_kernels"""
+    return mmd(*mean_kernels(x, y, units))
 
 
 # ---------------------------------------------------------------- pictures
