@@ -13,7 +13,7 @@ Arena-Scoring asks a judge which of two pictures is better on each axis (realism
 orders: an answer that changes with the order is a tie. A model's answers stand in <out>/bench/judgements.jsonl,
 and only what is open is asked.
 
-<out>/bench.json; v = {"mean", "low", "high"}, a 95% interval, or null; a tie is half a win:
+<out>/bench/<contestant>.jsonl lists the pictures. <out>/bench.json; v = {"mean", "low", "high"}, a 95% interval (null: of one unit), or null; a tie is half a win:
 
     pictures                                per own contestant
     axes.<axis>                             the metrics that speak for it
@@ -35,7 +35,7 @@ better: `kid`, and `kid_<name>` on the features of a held-out reward that has th
 answers that name the first picture, 0.5 is none.
 
 Intervals: pictures of one prompt are alike, so prompts are what is left out, one at a time (a jackknife, with
-Student's t); for photographs, pictures. tests/coverage.py shows by simulation that they cover.
+Student's t); for photographs, pictures. tests/test_bench.py shows by simulation that they cover.
 """
 
 import base64
@@ -138,17 +138,19 @@ class Picture(NamedTuple):
 
 
 def interval(whole, *left_out):
-    """A figure, and what it is without each unit (n,) -> v by the jackknife
+    """A figure, and what it is without each unit (n,) -> v by the jackknife; no interval from one unit
 
     var = (n - 1) / n sum (left_out - mean)^2, Student's t with n - 1. For a mean of units this is the t
     interval. Two samples, as prompts and photographs are, add their variances.
     """
-    variance = 0.0
-    for values in left_out:
-        variance += (len(values) - 1) * np.var(values)
-    t = stats.t.ppf(0.975, min(map(len, left_out)) - 1)
-    spread = float(t * np.sqrt(variance))
-    return {"mean": float(whole), "low": float(whole) - spread, "high": float(whole) + spread}
+    v = {"mean": float(whole), "low": None, "high": None}
+    units = min(len(values) for values in left_out)
+    if units > 1:
+        variance = sum((len(values) - 1) * np.var(values) for values in left_out)
+        spread = float(stats.t.ppf(0.975, units - 1) * np.sqrt(variance))
+        v["low"] = v["mean"] - spread
+        v["high"] = v["mean"] + spread
+    return v
 
 
 def unit_means(pairs):
@@ -161,11 +163,11 @@ def unit_means(pairs):
 
 
 def mean_interval(pairs):
-    """[(unit, value)] -> v of the mean over units, each of which counts once; None for fewer than two"""
+    """[(unit, value)] -> v of the mean over units, each of which counts once; None if there are none"""
     means = np.array(list(unit_means(pairs).values()))  # (n,)
-    if len(means) < 2:
+    if len(means) == 0:
         return None
-    return interval(means.mean(), (means.sum() - means) / (len(means) - 1))
+    return interval(means.mean(), (means.sum() - means) / max(len(means) - 1, 1))
 
 
 def kid_draws(kernels):
@@ -579,11 +581,12 @@ def matches(pictures, limit):
     before any has a second one.
     """
     result = []
-    for turn, (a, b) in enumerate(combinations(pictures, 2)):
+    for a, b in combinations(pictures, 2):
+        turn = list(pictures).index(a) if b == "photographs" else 0
         rows = []
         for p in rng("bench matches").permutation(len(pictures[a])).tolist():
             there = pictures[b][p]
-            skip = turn * len(pictures[a][p]) if b == "photographs" else 0
+            skip = turn * len(pictures[a][p])
             for m, x in enumerate(pictures[a][p] if there else []):
                 rows.append((m, a, b, p, x.name, there[(m + skip) % len(there)].name))
         rows.sort(key=lambda row: row[0])
@@ -672,8 +675,9 @@ def compare_people(votes, results):
     return {
         "votes": len(agreed) // 2,  # each stands there from both sides
         "compared": int(np.isfinite([v for _, v in agreed]).sum()) // 2,
-        "tau": stats.kendalltau(people, judges).statistic,
-        "rho": stats.spearmanr(people, judges).statistic,
+        # 0 where a side has no order at all, which scipy calls NaN
+        "tau": float(np.nan_to_num(stats.kendalltau(people, judges).statistic)),
+        "rho": float(np.nan_to_num(stats.spearmanr(people, judges).statistic)),
         "agreement": mean_interval(agreed),
         "rating": rating(votes, names),
     }
@@ -786,7 +790,8 @@ def leaves(node, path=()):
 
 def cell(value):
     if isinstance(value, dict):
-        return f"{value.get('mean', value.get('rate')):.4g} [{value['low']:.4g}, {value['high']:.4g}]"
+        between = "" if value["low"] is None else f" [{value['low']:.4g}, {value['high']:.4g}]"
+        return f"{value.get('mean', value.get('rate')):.4g}{between}"
     if isinstance(value, list):
         return ", ".join(map(cell, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -885,6 +890,9 @@ def main(cfg):
     run = grpo.Run(cfg, train=False)
     heldout = R.load_rewards(cfg.rewards.heldout, "cpu" if cfg.offload else run.device)
     contestants = gather(run, cfg, prompts, elsewhere, folder)
+    for name, pictures in contestants.items():  # for measures of your own, in the layout of bench.contestants
+        lines = [json.dumps({"image": f"pictures/{x.file.name}", "prompt": x.text}) for x in pictures]
+        write(folder.parent / f"{name}.jsonl", "\n".join(lines).encode())
     everything = sum(contestants.values(), [])
     seen = measure(run, cfg, run.rewards | heldout, everything)
     for scores in seen.values():

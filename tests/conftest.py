@@ -292,7 +292,7 @@ def config(checkpoints, tmp_path):
         generator=dict(model=checkpoints("flux"), call=CALLS["flux"], **TINY),
         refiner=dict(max_new_tokens=24),
         rewards=dict(train=rewards, validation={"bright": rewards["bright"]}, heldout={"smooth2": rewards["smooth"]}),
-        bench=dict(images=2, resamples=50),
+        bench=dict(images=2, axes=dict(realism=["smooth2"], detail=[])),
     )
 
     def make(*words, stage="train: generator, steps: 2, prompts: 2, images: 3"):
