@@ -5,14 +5,14 @@
 The family of BRISQUE and NIQE (Mittal et al. 2012, 2013), and of IL-NIQE in its opponent colours. With mu and
 sigma the mean and the deviation around a pixel, the coefficients of a photograph
 
-    z = (x - mu) / (sigma + 1/255)
+    z = (x - mu) / (sigma + 5/255)
 
 have nearly the same distribution whatever it shows. Blur, noise, JPEG, smoothing and grids change that of z or
 of the products of neighbours. Statistics of both are fitted on photographs; a picture's distance to them is
-Mahalanobis's; the reward is the share of other photographs that are farther away. Photographs have 0.5 on the
-average. Higher is not more real without end: nothing is more typical than the mean of all photographs, so a
-policy that trains on this is paid for texture everywhere. Judge with it, next to a two-sided measure: bench.py
-also gives KID of these statistics.
+Mahalanobis's; the reward is the share of other photographs that are farther away, so photographs have about 0.5.
+Higher is not more real without end: nothing is more typical than the mean of all photographs, so a policy that
+trains on this is paid for texture everywhere. Judge with it, next to a two-sided measure: bench.py also gives
+KID of these statistics.
 """
 
 import math
@@ -29,6 +29,9 @@ from reward import frozen, read_photos
 OPPONENT = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])
 OPPONENT = OPPONENT / OPPONENT.norm(dim=1, keepdim=True)
 NEIGHBOURS = [(0, 1), (1, 0), (1, 1), (1, -1)]  # dy, dx
+CONTRAST = (
+    5 / 255
+)  # what counts as flat; of 1, 3, 5 and 8 grey levels this one ranks all distortions of the bench
 SOFTNESS = 0.05  # of the rank, in log distance: beyond the last photograph there is still a slope
 
 
@@ -47,17 +50,18 @@ def shape_of(z):
     Log second moment, (E|z|)^2 / E z^2, which tells heavy tails, and the log ratio of its two sides.
     """
     square = z.square()
-    second = square.mean((2, 3)) + 1e-6  # (B, C)
-    left = (square * (z < 0)).mean((2, 3)) + 1e-6
-    right = (square * (z > 0)).mean((2, 3)) + 1e-6
+    # 0.003: a picture without any grain is far from photographs, but not without bound
+    second = square.mean((2, 3)) + 0.003  # (B, C)
+    left = (square * (z < 0)).mean((2, 3)) + 0.003
+    right = (square * (z > 0)).mean((2, 3)) + 0.003
     heavy = z.abs().mean((2, 3)).square() / second
     return torch.stack([second.log(), heavy, (left / right).log()], -1)
 
 
 def statistics(images):
-    """(B,3,H,W) in [0,1] -> (B, D): 17 numbers for each of 3 colours and 2 or more scales, and 3 variances
+    """(B,3,H,W) in [0,1] -> (B, D): 18 numbers for each of 3 colours and 2 or more scales, and 3 variances
 
-    Two scales up to 64 pixels, D = 105; one more for each doubling. 32 pixels at least.
+    Two scales up to 64 pixels, D = 111; one more for each doubling. 32 pixels at least.
     """
     x = torch.einsum("oc,bchw->bohw", OPPONENT.to(images.device), images)  # (B,3,H,W)
     scales = 2 + max(0, math.ceil(math.log2(min(images.shape[2:]) / 64)))
@@ -65,13 +69,30 @@ def statistics(images):
     for _ in range(scales):
         mean = around(x)
         deviation = (around(x.square()) - mean.square()).clamp(min=0).sqrt()  # (B,3,H,W)
-        z = (x - mean) / (deviation + 1 / 255)
+        z = (x - mean) / (deviation + CONTRAST)
         maps = [z] + [z * z.roll(step, (2, 3)) for step in NEIGHBOURS]
-        local = (deviation + 1 / 255).log()
+        local = (deviation + CONTRAST).log()
         found += [shape_of(m).flatten(1) for m in maps]  # (B, 9) each
         found += [local.mean((2, 3)), local.std((2, 3))]  # (B, 3) each
+        # a cast moves what luminance and colours have in common; light and shade alone move all three
+        found.append((z * z.roll(1, 1)).mean((2, 3)))  # (B, 3)
         x = F.avg_pool2d(x, 2)
     return torch.cat(found, 1)
+
+
+def whitening(fitted):
+    """Statistics of photographs (n, D) -> their mean (D,), and W (D, D) so that W (f - mean) has variance 1"""
+    mean = fitted.mean(0)
+    std = fitted.std(0) + 1e-6
+    # a tenth of the identity: a hundred numbers of a few hundred photographs give no whole covariance
+    correlation = 0.9 * torch.corrcoef(((fitted - mean) / std).T) + 0.1 * torch.eye(len(std))
+    values, vectors = torch.linalg.eigh(correlation)
+    return mean, (vectors / values.sqrt()).T / std
+
+
+def log_distance(rows, mean, whiten):
+    """Mahalanobis: rows (n, D) -> (n,)"""
+    return ((rows - mean) @ whiten.T).norm(dim=1).log()
 
 
 class Naturalness:
@@ -88,9 +109,12 @@ class Naturalness:
         self.vae = None
         if autoencoder:
             with loading(autoencoder):
-                vae = AutoencoderKL.from_pretrained(autoencoder, subfolder="vae", dtype=torch.float32)
+                vae = AutoencoderKL.from_pretrained(
+                    autoencoder, subfolder="vae", dtype=torch.float32
+                )
             self.vae = frozen(vae, device)
         self.device = device
+        self.fitted = lru_cache(1)(self.fit)  # pictures of a run have one size
 
     @torch.no_grad()
     def photographs(self, path, shape):
@@ -104,24 +128,26 @@ class Naturalness:
             rows.append(statistics(images).cpu())
         return torch.cat(rows)
 
-    @lru_cache(1)  # pictures of a run have one size
     def fit(self, shape):
-        """shape (H, W) -> mean (D,), W (D, D) with |W (f - mean)| the distance, log distances (n,)"""
+        """shape (H, W) -> mean (D,), W (D, D) with |W (f - mean)| the distance, log distances (n,) of the reference
+
+        All photographs are fitted. Each half of the reference is measured by a fit without it, or it would stand
+        nearer than a picture can.
+        """
         fitted, others = (self.photographs(path, shape) for path in self.paths)
-        mean = fitted.mean(0)
-        std = fitted.std(0) + 1e-6
-        # a tenth of the identity: 105 numbers of a few hundred photographs give no whole covariance
-        correlation = 0.9 * torch.corrcoef((fitted - mean).T / std[:, None]) + 0.1 * torch.eye(len(std))
-        values, vectors = torch.linalg.eigh(correlation.nan_to_num())
-        whiten = (vectors / values.clamp(min=0.1).sqrt()).T / std  # (D, D)
-        return mean, whiten, ((others - mean) @ whiten.T).norm(dim=1).log()
+        halves = others[::2], others[1::2]
+        distances = [
+            log_distance(half, *whitening(torch.cat([fitted, other])))
+            for half, other in (halves, halves[::-1])
+        ]
+        return *whitening(torch.cat([fitted, others])), torch.cat(distances)
 
     def features(self, images):
         """Whitened statistics, which KID compares: (B,3,H,W) -> (B, D)"""
-        mean, whiten, _ = self.fit(tuple(images.shape[2:]))
+        mean, whiten, _ = self.fitted(tuple(images.shape[2:]))
         return (statistics(images).cpu() - mean) @ whiten.T
 
     def __call__(self, images, prompts):
         distance = self.features(images).norm(dim=1, keepdim=True).log()  # (B, 1)
-        _, _, others = self.fit(tuple(images.shape[2:]))
+        _, _, others = self.fitted(tuple(images.shape[2:]))
         return torch.sigmoid((others - distance) / SOFTNESS).mean(1)  # (B,)
