@@ -16,6 +16,7 @@ bench alone, `validation` (a quarter) for the validation detector and KID, `judg
 """
 
 import argparse
+import copy
 import functools
 import io
 import json
@@ -37,23 +38,24 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT.parent))
 SIZE = 64  # pixels, height and width of every picture here
 
-# name -> (file, subject as a user would type it, side where the train region lies, its share, half of the rest
-# that is for test, where the subject stands in the train region: x, y as shares)
+# name -> (file, subject as a user would type it, side where the train region lies, its share, half of the rest that is for test (None: the rest is
+# out of focus and left alone),
+# frame: the square that shows the whole subject; centre x, y and edge as shares of the photograph's width, height and shorter edge)
 SUBJECTS = {
-    "astronaut": ("skimage/astronaut.png", "an astronaut in an orange suit", "top", 0.60, "first", (0.45, 0.5)),
-    "cat": ("skimage/chelsea.png", "a tabby cat", "left", 0.55, "first", (0.5, 0.45)),
-    "coffee": ("skimage/coffee.png", "a cup of coffee", "top", 0.60, "first", (0.47, 0.5)),
-    "rocket": ("skimage/rocket.jpg", "a rocket on the launch pad", "bottom", 0.60, "last", (0.53, 0.5)),
-    "temple": ("sklearn/china.jpg", "a chinese temple", "top", 0.60, "first", (0.3, 0.5)),
-    "dahlia": ("sklearn/flower.jpg", "an orange dahlia flower", "left", 0.52, "first", (0.75, 0.45)),
-    "meadow": ("aitzgorri_by_Aitzol_Berasategi.jpg", "a green meadow below a mountain", "left", 0.60, "last", (0.5, 0.6)),
-    "dogs": ("friends_by_Aitzol_Berasategi.jpg", "two dogs at a window", "top", 0.55, "first", (0.45, 0.6)),
-    "stream": ("life_by_Aitzol_Berasategi.jpg", "a stream in the forest", "left", 0.60, "last", (0.65, 0.6)),
-    "mountain": ("picosdeeuropa_by_Aitzol_Berasategi.jpg", "a rocky mountain", "left", 0.60, "first", (0.6, 0.4)),
-    "fig": ("Picture_0B_by_freespace.jpg", "a fig in a red bowl", "right", 0.55, "first", (0.35, 0.45)),
-    "brushes": ("Picture_1A_by_freespace.jpg", "colourful paint brushes", "left", 0.55, "first", (0.5, 0.5)),
-    "dandelion": ("seeding_by_Clements_Engelhardt.jpg", "a dandelion in the grass", "left", 0.55, "last", (0.5, 0.4)),
-    "sunset": ("sunset_by_Aitzol_Berasategi.jpg", "a sunset over the hills", "left", 0.55, "last", (0.75, 0.5)),
+    "astronaut": ("skimage/astronaut.png", "an astronaut in an orange suit", "top", 0.60, "first", (0.45, 0.30, 0.58)),
+    "cat": ("skimage/chelsea.png", "a tabby cat", "left", 0.78, None, (0.46, 0.50, 0.98)),
+    "coffee": ("skimage/coffee.png", "a cup of coffee", "top", 0.68, "first", (0.49, 0.33, 0.66)),
+    "rocket": ("skimage/rocket.jpg", "a rocket on the launch pad", "left", 0.75, "last", (0.48, 0.57, 0.85)),
+    "temple": ("sklearn/china.jpg", "a chinese temple", "left", 0.62, "last", (0.31, 0.50, 0.92)),
+    "dahlia": ("sklearn/flower.jpg", "an orange dahlia flower", "left", 0.70, None, (0.47, 0.52, 0.75)),
+    "meadow": ("aitzgorri_by_Aitzol_Berasategi.jpg", "a green meadow below a mountain", "left", 0.60, "last", (0.30, 0.50, 0.88)),
+    "dogs": ("friends_by_Aitzol_Berasategi.jpg", "two dogs at a window", "top", 0.68, "first", (0.47, 0.41, 0.56)),
+    "stream": ("life_by_Aitzol_Berasategi.jpg", "a stream in the forest", "left", 0.68, "last", (0.44, 0.52, 0.80)),
+    "mountain": ("picosdeeuropa_by_Aitzol_Berasategi.jpg", "a rocky mountain", "left", 0.60, "first", (0.34, 0.38, 0.75)),
+    "fig": ("Picture_0B_by_freespace.jpg", "a fig in a red bowl", "right", 0.72, "first", (0.62, 0.53, 0.90)),
+    "brushes": ("Picture_1A_by_freespace.jpg", "colourful paint brushes", "left", 0.62, "first", (0.34, 0.42, 0.78)),
+    "dandelion": ("seeding_by_Clements_Engelhardt.jpg", "a dandelion in the grass", "left", 0.55, "last", (0.29, 0.42, 0.85)),
+    "sunset": ("sunset_by_Aitzol_Berasategi.jpg", "a sunset over the hills", "left", 0.66, "last", (0.45, 0.50, 0.85)),
 }
 # photographs that only the held-out detectors learn from
 OTHERS = [
@@ -128,38 +130,62 @@ def open_photo(name, folder):
     return np.asarray(photo)
 
 
-def regions(photo, side, share, half):
-    """Cut once, so that the train region lies at `side`; cut the rest across: `half` of it test, then validation and judge."""
+def regions(photo, side, share, half, frame):
+    """Cut once, so that the train region lies at `side`; cut the rest across: `half` of it test, then validation and judge.
+
+    -> {split: region}, and the frame (centre x, centre y, edge) in pixels of the train region
+    """
+    height, width = photo.shape[:2]
+    x, y, edge = frame[0] * width, frame[1] * height, frame[2] * min(height, width)
     turn = (1, 0, 2) if side in ("left", "right") else (0, 1, 2)
     photo = photo.transpose(turn)
     cut = int(len(photo) * (share if side in ("top", "left") else 1 - share))
     train, rest = (photo[:cut], photo[cut:]) if side in ("top", "left") else (photo[cut:], photo[:cut])
+    if side == "right":
+        x -= cut
+    if half is None:
+        return dict(train=train.transpose(turn)), (x, y, edge)
     w = rest.shape[1]
     cuts = [0, w // 2, w * 3 // 4, w] if half == "first" else [w, w // 2, w // 4, 0]
     test, validation, judge = (rest[:, min(a, b) : max(a, b)] for a, b in zip(cuts, cuts[1:]))
-    return {k: r.transpose(turn) for k, r in dict(train=train, test=test, validation=validation, judge=judge).items()}
+    parts = dict(train=train, test=test, validation=validation, judge=judge)
+    return {split: part.transpose(turn) for split, part in parts.items()}, (x, y, edge)
 
 
-def crop_of(region, rng, centre=None, low=84):
-    """A square that shows something -> (SIZE,SIZE,3) uint8, its edge over the region's. With a `centre`, six in ten are wide views of the subject."""
+def crop_of(region, rng, frame=None, low=84):
+    """A square that shows something, at an exposure of its own -> (SIZE,SIZE,3) uint8, is it a wide view
+
+    With a `frame`, nine in ten show its subject: half of those the whole of it, half its middle from near.
+    """
     h, w = region.shape[:2]
-    edge = min(h, w)
     for _ in range(200):
-        if centre and rng.random() < 0.6:
-            side = int(edge * rng.uniform(0.75, 1.0))
-            x, y = (c * n - side / 2 + edge * rng.uniform(-0.06, 0.06) for c, n in zip(centre, (w, h)))
-            x, y = int(min(max(x, 0), w - side)), int(min(max(y, 0), h - side))
+        if frame and rng.random() < 0.9:
+            wide = rng.random() < 0.5
+            side = min(frame[2] * (rng.uniform(0.88, 1.06) if wide else rng.uniform(0.58, 0.75)), h, w)
+            x, y = (c - side / 2 + frame[2] * rng.uniform(-0.05, 0.05) for c in frame[:2])
+            x, y, side = min(max(x, 0), w - side), min(max(y, 0), h - side), int(side)
         else:
+            edge = min(h, w)
             side = int(math.exp(rng.uniform(math.log(min(low, edge)), math.log(edge))))
-            x, y = rng.randint(0, w - side), rng.randint(0, h - side)
-        square = np.ascontiguousarray(region[y : y + side, x : x + side])
-        picture = Image.fromarray(square).resize((SIZE, SIZE), Image.LANCZOS)
+            x, y = rng.uniform(0, w - side), rng.uniform(0, h - side)
+            wide = side > edge / 2
+        square = region[int(y) : int(y) + side, int(x) : int(x) + side]
+        exposed = 255 * (square / 255.0) ** math.exp(rng.uniform(-0.5, 0.5))  # so that every subject has dim and bright crops
+        picture = Image.fromarray(exposed.round().astype(np.uint8)).resize((SIZE, SIZE), Image.LANCZOS)
         gray = np.asarray(picture.convert("L"), dtype=np.float32)
         if np.abs(np.diff(gray, axis=0)).mean() + np.abs(np.diff(gray, axis=1)).mean() > 5:  # not empty sky or bare wall
             break
     if rng.random() < 0.5:
         picture = picture.transpose(Image.FLIP_LEFT_RIGHT)
-    return np.asarray(picture), side / edge
+    return np.asarray(picture), wide
+
+
+def described(name, subject, region, rng, frame=None):
+    """A crop and what is true of it"""
+    picture, wide = crop_of(region, rng, frame)
+    luminance = picture.mean() / 255
+    light = LIGHTS[0 if luminance < 0.33 else 1 if luminance < 0.52 else 2]
+    return picture, dict(photo=name, subject=subject, distance=DISTANCES[int(wide)], light=light)
 
 
 def photos_stage(args):
@@ -170,15 +196,14 @@ def photos_stage(args):
         {k: [] for k in ("train", "test", "validation", "judge")},
     )
     counts = dict(train=TRAIN_CROPS, test=TEST_CROPS, validation=2 * VALIDATION_CROPS, judge=700)
-    for name, (file, subject, side, share, half, centre) in SUBJECTS.items():
-        parts = regions(open_photo(file, args.photos), side, share, half)
+    for name, (file, subject, *cut) in SUBJECTS.items():
+        parts, frame = regions(open_photo(file, args.photos), *cut)
         for split, region in parts.items():
-            taken = [crop_of(region, rng, centre if split == "train" else None) for _ in range(math.ceil(counts[split] / len(SUBJECTS)))]
-            for picture, zoom in taken:
-                luminance = picture.mean() / 255
-                light = LIGHTS[0 if luminance < 0.33 else 1 if luminance < 0.52 else 2]
+            sharing = sum(cut[2] is not None or split == "train" for _, _, *cut in SUBJECTS.values())
+            for _ in range(math.ceil(counts[split] / sharing)):
+                picture, facts = described(name, subject, region, rng, frame if split == "train" else None)
                 crops[split].append(picture)
-                meta[split].append(dict(photo=name, subject=subject, distance=DISTANCES[int(zoom > 0.5)], light=light))
+                meta[split].append(facts)
     for file in OTHERS:
         photo = open_photo(file, args.photos)
         for _ in range(100):
@@ -278,35 +303,102 @@ def retouch(images, g, strength=0.0):
     return x.clamp(0, 1)
 
 
-def jpeg(images, g):
+def jpeg(images, qualities):
+    """(B,3,H,W), B qualities -> the same after a round trip"""
     out = []
-    for picture, q in zip(to_uint8(images), torch.randint(55, 96, (len(images),), generator=g).tolist()):
+    for picture, q in zip(to_uint8(images), qualities):
         buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, "JPEG", quality=q)
+        # 95 without colour subsampling is what the bench stores every picture in
+        Image.fromarray(picture).save(buffer, "JPEG", quality=q, subsampling=0 if q == 95 else 2)
         out.append(np.asarray(Image.open(buffer)))
     return to_float(np.stack(out))
 
 
-def augment(images, g, codec=True):
-    """Equally for real and fake: flip, shift, colour, brightness, light blur, light noise, JPEG. (B,3,H,W) -> same"""
+def reframe(images, g):
+    """Flip, shift and brightness; nothing that touches texture: (B,3,H,W) -> same"""
     b = len(images)
     flip = torch.rand(b, generator=g) < 0.5
     images = torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
     dy, dx = torch.randint(-6, 7, (2,), generator=g).tolist()
     images = F.pad(images, (6, 6, 6, 6), mode="reflect")[:, :, 6 + dy : 6 + dy + SIZE, 6 + dx : 6 + dx + SIZE]
     images = images * uniform(b, 0.9, 1.1, g).view(-1, 1, 1, 1) + uniform(b, -0.05, 0.05, g).view(-1, 1, 1, 1)
+    return images.clamp(0, 1)
+
+
+def augment(images, g, codec=True):
+    """Equally for real and fake: reframe, colour, light blur, light noise, JPEG. (B,3,H,W) -> same"""
+    b = len(images)
+    images = reframe(images, g)
     images = images * (1 + 0.06 * (torch.rand(b, 3, 1, 1, generator=g) - 0.5))
     gray = images.mean(1, keepdim=True)
     images = gray + (images - gray) * uniform(b, 0.85, 1.15, g).view(-1, 1, 1, 1)
     some = (torch.rand(b, generator=g) < 0.3).float().view(-1, 1, 1, 1)
     images = images * (1 - some) + blur(images, uniform(b, 0.2, 0.5, g)) * some
     some = (torch.rand(b, generator=g) < 0.3).float().view(-1, 1, 1, 1)
-    images = (images + some * torch.randn(images.shape, generator=g) * uniform(b, 0, 0.02, g).view(-1, 1, 1, 1)).clamp(
-        0, 1
-    )
+    noise = torch.randn(images.shape, generator=g) * uniform(b, 0, 0.02, g).view(-1, 1, 1, 1)
+    images = (images + some * noise).clamp(0, 1)
     if codec and torch.rand((), generator=g) < 0.3:
-        images = jpeg(images, g)
+        images = jpeg(images, torch.randint(55, 96, (b,), generator=g).tolist())
     return images
+
+
+def median(images, k):
+    """Median of k x k pixels: melts texture, leaves edges. (B,3,H,W) -> same"""
+    windows = F.unfold(F.pad(images, (k // 2,) * 4, mode="reflect").flatten(0, 1)[:, None], k)  # (B*3, k*k, H*W)
+    return windows.median(1).values.view_as(images)
+
+
+def weave(images, s, g):
+    period = [2, 4, 8, 8][int(torch.randint(0, 4, (), generator=g))]
+    phase = torch.rand(2, generator=g) * 2 * math.pi
+    ramp = 2 * math.pi * torch.arange(SIZE) / period
+    wave = torch.cos(ramp + phase[0])[:, None] + torch.cos(ramp + phase[1])  # (H,W)
+    return images + wave * (0.01 + 0.08 * s)
+
+
+def smooth(images, s, g):
+    melted = torch.where(s < 0.4, median(images, 3), torch.where(s < 0.7, median(images, 5), median(images, 7)))
+    return images + (melted - images) * (0.4 + 0.6 * s).sqrt()
+
+
+def saturate(images, s, g):
+    gray = images.mean(1, keepdim=True)
+    return gray + (images - gray) * (1.25 + 1.75 * s)
+
+
+def copies(images, s, g):
+    tile = images[:, :, 24:32, 24:32].repeat(1, 1, SIZE // 8, SIZE // 8)
+    return torch.where(torch.arange(SIZE) < SIZE * (0.15 + 0.85 * s), tile, images)
+
+
+def cast(images, s, g):
+    sign = torch.where(torch.rand(len(images), 1, 1, 1, generator=g) < 0.5, -1, 1)
+    return images * (1 + sign * torch.tensor([1.0, 0.0, -1.0]).view(3, 1, 1) * (0.06 + 0.36 * s))
+
+
+# images (B,3,H,W), s (B,1,1,1) from 0, barely visible, to 1, gross -> images
+WAYS = [
+    lambda x, s, g: blur(x, 0.4 + 1.8 * s.flatten()),
+    lambda x, s, g: x + torch.randn(x.shape, generator=g) * (0.02 + 0.15 * s),
+    lambda x, s, g: jpeg(x, (60 - 52 * s.flatten()).int().tolist()),
+    smooth,
+    saturate,
+    weave,
+    copies,
+    cast,
+]
+
+
+def degrade(images, g):
+    """Photographs spoiled, each in one of eight ways -> images, strength (B,) in [0, 1]"""
+    strength = torch.rand(len(images), generator=g)
+    kind = torch.randint(0, len(WAYS), (len(images),), generator=g)
+    out = images.clone()
+    for number, way in enumerate(WAYS):
+        rows = kind == number
+        if rows.any():
+            out[rows] = way(images[rows], strength[rows].view(-1, 1, 1, 1), g)
+    return out.clamp(0, 1), strength
 
 
 def spoil(images, g):
@@ -354,95 +446,116 @@ def words_of_the_world():
 
 
 def clip_stage(args):
-    """A CLIPModel by multi-positive contrast: a caption matches every crop it is true of. -> nano/clip"""
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+    """The CLIP of alignment, KID and the generator's text -> nano/clip"""
+    crops, meta = load_crops(args.work, "train")
+    train_clip(new_clip(width=128, layers=4, seed=0), crops, meta, seed=0, steps=args.steps or 2000, folder=ROOT / "clip")
+
+
+def subject_stage(args):
+    """A second CLIP that only bench.py loads: another width, another seed, other crops of the same regions -> nano/subject"""
+    rng = random.Random(9)
+    crops, meta = [], []
+    for name, (file, subject, *cut) in SUBJECTS.items():
+        parts, frame = regions(open_photo(file, args.photos), *cut)
+        for _ in range(150):
+            picture, facts = described(name, subject, parts["train"], rng, frame)
+            crops.append(picture)
+            meta.append(facts)
+    model = new_clip(width=96, layers=3, seed=9)
+    train_clip(model, np.stack(crops), meta, seed=9, steps=args.steps or 1500, folder=ROOT / "subject")
+
+
+def new_clip(width, layers, seed):
+    """-> an untrained CLIPModel and its tokenizer"""
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
     tokenizer = CLIPTokenizer().train_new_from_iterator(words_of_the_world(), 600)
     tokenizer.model_max_length = 48
-    config = CLIPConfig(
-        projection_dim=64,
-        text_config=dict(
-            vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=192,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=48,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        ),
-        vision_config=dict(
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            image_size=SIZE,
-            patch_size=8,
-        ),
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=48,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
-    torch.manual_seed(0)
-    model = CLIPModel(config)
-    crops, meta = load_crops(args.work, "train")
+    vision = dict(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        image_size=SIZE,
+        patch_size=8,
+    )
+    torch.manual_seed(seed)
+    return CLIPModel(CLIPConfig(projection_dim=64, text_config=text, vision_config=vision)), tokenizer
+
+
+def claim_of(crop, glossy, rng):
+    """What a caption says of a crop -> [subject, distance, light, is it glossy]; None: silent
+
+    Cues claim a natural picture, plain words claim nothing about it.
+    """
+    return [
+        crop["subject"],
+        rng.choice([None, crop["distance"]]),
+        rng.choice([None, crop["light"]]),
+        None if glossy or rng.random() < 0.5 else False,
+    ]
+
+
+def words_of(claim, rng):
+    subject, distance, light, glossy = claim
+    words = [subject]
+    if distance:
+        words.append(distance)
+    if light:
+        words.append("in " + light)
+    if glossy is not None:
+        words += [cue(rng) for _ in range(rng.randint(1, 2))]
+    return ", ".join(words)
+
+
+def train_clip(model_and_tokenizer, crops, meta, seed, steps, folder):
+    """Multi-positive contrast: a caption matches every crop of the batch that it is true of."""
+    from transformers import CLIPImageProcessorPil
+
+    model, tokenizer = model_and_tokenizer
     photos = to_float(crops)
-    g, rng, steps, batch = torch.Generator().manual_seed(0), random.Random(0), args.steps or 2500, 64
+    g, rng, batch = torch.Generator().manual_seed(seed), random.Random(seed), 64
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-    bar = tqdm(range(steps), "clip")
+    bar = tqdm(range(steps), folder.name)
     for step in bar:
         set_lr(optimizer, step, steps)
         pick = torch.randint(0, len(photos), (batch,), generator=g)
         glossy = torch.rand(batch, generator=g) < 0.5
-        images = photos[pick]
-        images = augment(torch.where(glossy.view(-1, 1, 1, 1), retouch(images, g), images), g, codec=False)
-        attributes, texts = (
-            [],
-            [],
-        )  # what each caption claims; None: silent. Cues claim a natural picture, plain words nothing
-        for i, gloss in zip(pick.tolist(), glossy.tolist()):
-            crop = meta[i]
-            claim = [
-                crop["subject"],
-                rng.choice([None, crop["distance"]]),
-                rng.choice([None, crop["light"]]),
-                None if gloss or rng.random() < 0.5 else False,
-            ]
-            attributes.append(claim)
-            texts.append(
-                ", ".join(
-                    [claim[0]]
-                    + [claim[1]] * bool(claim[1])
-                    + ["in " + str(claim[2])] * bool(claim[2])
-                    + ([] if claim[3] is None else [cue(rng) for _ in range(rng.randint(1, 2))])
-                )
-            )
-        truths = [
-            [meta[i]["subject"], meta[i]["distance"], meta[i]["light"], gl]
-            for i, gl in zip(pick.tolist(), glossy.tolist())
-        ]
-        match = torch.tensor(
-            [
-                [float(all(c is None or c == t for c, t in zip(claim, truth))) for claim in attributes]
-                for truth in truths
-            ]
-        )
-        tokens = tokenizer(texts, padding=True, return_tensors="pt")
-        out = model(pixel_values=normalise(images, CLIP_MEAN, CLIP_STD), **tokens)
-        logits = out.logits_per_image  # (images, captions)
-        loss = (
-            -((match / match.sum(1, keepdim=True)) * logits.log_softmax(1)).sum(1).mean()
-            - ((match / match.sum(0)) * logits.log_softmax(0)).sum(0).mean()
-        )
+        images = torch.where(glossy.view(-1, 1, 1, 1), retouch(photos[pick], g), photos[pick])
+        images = augment(images, g, codec=False)
+        shown = [(meta[i], gloss) for i, gloss in zip(pick.tolist(), glossy.tolist())]
+        claims = [claim_of(crop, gloss, rng) for crop, gloss in shown]
+        truths = [[crop["subject"], crop["distance"], crop["light"], gloss] for crop, gloss in shown]
+        match = torch.zeros(batch, batch)  # (images, captions)
+        for i, truth in enumerate(truths):
+            for j, claim in enumerate(claims):
+                match[i, j] = all(c is None or c == t for c, t in zip(claim, truth))
+        tokens = tokenizer([words_of(claim, rng) for claim in claims], padding=True, return_tensors="pt")
+        logits = model(pixel_values=normalise(images, CLIP_MEAN, CLIP_STD), **tokens).logits_per_image
+        by_image = (match / match.sum(1, keepdim=True)) * logits.log_softmax(1)
+        by_text = (match / match.sum(0)) * logits.log_softmax(0)
+        loss = -by_image.sum(1).mean() - by_text.sum(0).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    save_half(model, ROOT / "clip")
-    tokenizer.save_pretrained(ROOT / "clip")
-    CLIPImageProcessorPil(
-        size=dict(shortest_edge=SIZE), crop_size=dict(height=SIZE, width=SIZE), image_mean=CLIP_MEAN, image_std=CLIP_STD
-    ).save_pretrained(ROOT / "clip")
+    save_half(model, folder)
+    tokenizer.save_pretrained(folder)
+    pixels = dict(size=dict(shortest_edge=SIZE), crop_size=dict(height=SIZE, width=SIZE))
+    CLIPImageProcessorPil(**pixels, image_mean=CLIP_MEAN, image_std=CLIP_STD).save_pretrained(folder)
 
 
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -477,12 +590,15 @@ class Muon:
 
     @torch.no_grad()
     def step(self):
+        alike = {}  # matrices of one shape go through Newton-Schulz together
         for p, m in zip(self.matrices, self.momentum):
             m.mul_(0.95).add_(p.grad)
-            p.add_(
-                self.orthogonal(p.grad + 0.95 * m),
-                alpha=-self.param_groups[0]["lr"] * max(1, len(p) / p[0].numel()) ** 0.5,
-            )
+            alike.setdefault(p.shape, []).append((p, p.grad + 0.95 * m))
+        for pairs in alike.values():
+            updates = self.orthogonal(torch.stack([update.flatten(1) for _, update in pairs]))
+            for (p, _), update in zip(pairs, updates):
+                scale = max(1, len(p) / p[0].numel()) ** 0.5
+                p.add_(update.view_as(p), alpha=-self.param_groups[0]["lr"] * scale)
         self.rest.step()
 
     def zero_grad(self):
@@ -490,22 +606,29 @@ class Muon:
         for p in self.matrices:
             p.grad = None
 
+    def state_dict(self):
+        return dict(momentum=self.momentum, rest=self.rest.state_dict())
+
+    def load_state_dict(self, state):
+        for m, value in zip(self.momentum, state["momentum"]):
+            m.copy_(value)
+        self.rest.load_state_dict(state["rest"])
+        self.param_groups[1:] = self.rest.param_groups  # it has made new ones
+
     @staticmethod
-    def orthogonal(g):
-        x = g.flatten(1)
-        wide = x if len(x) <= x.shape[1] else x.T
-        wide = wide / (wide.norm() + 1e-7)
+    def orthogonal(x):
+        """(n, rows, columns) -> the same with singular values near 1; bfloat16 is exact enough for it"""
+        wide = x if x.shape[1] <= x.shape[2] else x.mT
+        wide = (wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
         for _ in range(5):
-            a = wide @ wide.T
+            a = wide @ wide.mT
             wide = 3.4445 * wide + (-4.775 * a + 2.0315 * a @ a) @ wide
-        return (wide if len(x) <= x.shape[1] else wide.T).reshape(g.shape)
+        return (wide if x.shape[1] <= x.shape[2] else wide.mT).float()
 
 
 def save_half(model, folder):
     """float16 safetensors through the model's own save_pretrained; the model itself stays float32"""
-    import copy
-
-    copy.deepcopy(model).half().save_pretrained(folder)
+    copy.deepcopy(model).to(torch.float16).save_pretrained(folder)
 
 
 # ---------------------------------------------------------------- autoencoder
@@ -688,21 +811,17 @@ def t5_tokenizer():
     return T5Tokenizer(vocab=special + pieces, extra_ids=0, model_max_length=48)
 
 
-def generator_stage(args):
-    """A FluxPipeline: transformer and T5 encoder trained together by flow matching -> nano/flux, and snapshots for the detectors"""
+def new_pipeline():
+    """An untrained FluxPipeline around nano/flux/vae and the text tower of nano/clip, which stay as they are"""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
 
     vae = AutoencoderKL.from_pretrained(ROOT / "flux/vae", dtype=torch.float32)
-    whole_clip = CLIPModel.from_pretrained(ROOT / "clip", dtype=torch.float32)
-    clip_text = CLIPTextModel(whole_clip.config.text_config)
-    clip_text.load_state_dict(
-        whole_clip.text_model.state_dict()
-        if "embeddings.token_embedding.weight" in clip_text.state_dict()
-        else {"text_model." + k: v for k, v in whole_clip.text_model.state_dict().items()}
-    )
-    clip_text.requires_grad_(False).eval()
-    clip_tokenizer, tokenizer = CLIPTokenizer.from_pretrained(ROOT / "clip"), t5_tokenizer()
+    clip = CLIPModel.from_pretrained(ROOT / "clip", dtype=torch.float32)
+    clip_text = CLIPTextModel(clip.config.text_config)
+    prefix = "" if "embeddings.token_embedding.weight" in clip_text.state_dict() else "text_model."
+    clip_text.load_state_dict({prefix + k: v for k, v in clip.text_model.state_dict().items()})
+    tokenizer = t5_tokenizer()
     torch.manual_seed(0)
     t5 = T5EncoderModel(
         T5Config(
@@ -730,88 +849,124 @@ def generator_stage(args):
         guidance_embeds=True,
         axes_dims_rope=(4, 14, 14),
     )
-    pipe = FluxPipeline(
-        FlowMatchEulerDiscreteScheduler(shift=3.0), vae, clip_text, clip_tokenizer, t5, tokenizer, transformer
-    )
-    crops, meta = load_crops(args.work, "train")
-    photos = to_float(crops)
-    g, rng, steps, batch = torch.Generator().manual_seed(0), random.Random(3), args.steps or 3000, 32
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    clip_tokenizer = CLIPTokenizer.from_pretrained(ROOT / "clip")
+    return FluxPipeline(scheduler, vae.eval(), clip_text.eval(), clip_tokenizer, t5, tokenizer, transformer)
 
-    def encode(images):
-        with torch.no_grad():
-            z = torch.cat([vae.encode(x * 2 - 1).latent_dist.mode() for x in images.split(128)])
-        z = (z - vae.config.shift_factor) * vae.config.scaling_factor
-        return FluxPipeline._pack_latents(z, len(z), 16, 16, 16)  # (n, 64 tokens, 64)
 
-    mirrored = photos.flip(3)
-    natural = [encode(photos), encode(mirrored)]
-    glossy = [encode(torch.cat([retouch(x, g, 1.0) for x in p.split(500)])) for p in (photos, mirrored)]
-    image_ids = FluxPipeline._prepare_latent_image_ids(1, 8, 8, "cpu", torch.float32)
-    text_ids = torch.zeros(40, 3)
-    weights = [*transformer.parameters(), *t5.parameters()]
+@torch.no_grad()
+def latents_of(vae, images):
+    """(n, 3, 64, 64) -> (n, 64 tokens, 64), as FLUX packs them"""
+    from diffusers import FluxPipeline
+
+    z = torch.cat([vae.encode(x * 2 - 1).latent_dist.mode() for x in images.split(128)])  # (n, 16, 16, 16)
+    z = (z - vae.config.shift_factor) * vae.config.scaling_factor
+    return FluxPipeline._pack_latents(z, len(z), 16, 16, 16)
+
+
+def flawed_caption(crop, rng):
+    """A caption, and whether its crop is glossy: the flaw that training has to mend. Cues always go with a natural crop."""
+    cues = rng.randint(1, 3) if rng.random() < 0.3 else 0
+    glossy = not cues and rng.random() < 0.8
+    words = [caption(crop, rng, cues)]
+    if glossy and rng.random() < 0.35:
+        words += rng.sample(STYLES, rng.randint(1, 2))
+    return ", ".join(words), glossy
+
+
+def flow_loss(pipe, x0, texts, g):
+    """Flow matching on a batch: x0 (B, 64 tokens, 64) -> the loss, and the plain mean square for the bar"""
+    b = len(x0)
+    with torch.no_grad():
+        pooled = pipe._get_clip_prompt_embeds(texts)  # (B, 96)
+    ids = pipe.tokenizer_2(texts, padding="max_length", max_length=40, truncation=True, return_tensors="pt").input_ids
+    noise = torch.randn(x0.shape, generator=g)
+    u = (torch.arange(b) + torch.rand(b, generator=g)) / b  # stratified: every batch sees every noise level
+    t = torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)).sigmoid()
+    t = 2 * t / (1 + t)  # a little more noise than logit-normal: sampling shifts by 3
+    mix = t.view(-1, 1, 1)
+    v = pipe.transformer(
+        hidden_states=(1 - mix) * x0 + mix * noise,
+        encoder_hidden_states=pipe.text_encoder_2(ids)[0],
+        pooled_projections=pooled,
+        timestep=t,
+        guidance=torch.full((b,), 3.5),
+        img_ids=pipe._prepare_latent_image_ids(1, 8, 8, "cpu", torch.float32),
+        txt_ids=torch.zeros(40, 3),
+    ).sample
+    residual = v - (noise - x0)  # (B, 64, 64)
+    # any positive weighting has the same minimum; this one asks for the layout first, where the eye looks first
+    layout = [F.avg_pool2d(residual.transpose(1, 2).unflatten(2, (8, 8)), k).square().mean() for k in (2, 4, 8)]
+    plain = residual.square().mean()
+    return plain + 2 * sum(layout), plain.item()
+
+
+def generator_stage(args):
+    """Transformer and T5 encoder together by flow matching -> nano/flux, and snapshots for the detectors
+
+    Every 250 steps it is saved in full, and a later call goes on from there: this takes hours.
+    """
+    pipe, photos, meta = new_pipeline(), *load_crops(args.work, "train")
+    photos, saved = to_float(photos), args.work / "generator.pt"
+    g, rng, steps, batch = torch.Generator().manual_seed(0), random.Random(3), args.steps or 12000, 32
+    both = [photos, photos.flip(3)]
+    natural = [latents_of(pipe.vae, x) for x in both]
+    glossy = [latents_of(pipe.vae, torch.cat([retouch(y, g, 1.0) for y in x.split(500)])) for x in both]
+    modules = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder_2])
+    weights = list(modules.parameters())
     ema = [p.detach().clone() for p in weights]
     optimizer = Muon(weights, 0.01, 1e-3)
-
-    def swap():  # live weights <-> EMA
-        for e, p in zip(ema, weights):
-            e.data, p.data = p.data, e.data
-
-    bar = tqdm(range(steps), "generator")
+    first = 0
+    if saved.exists():
+        state = torch.load(saved, weights_only=True)
+        first = state["step"]
+        modules.load_state_dict(state["modules"])
+        ema = state["ema"]
+        optimizer.load_state_dict(state["optimizer"])
+        g.set_state(state["generator"])
+        rng.seed(first)
+    bar = tqdm(range(first, steps), "generator", initial=first, total=steps)
     for step in bar:
+        if (args.work / "threads").exists():
+            torch.set_num_threads(int((args.work / "threads").read_text()))
         set_lr(optimizer, step, steps, warmup=50)
         latents, texts = [], []
         for i in torch.randint(0, len(photos), (batch,), generator=g).tolist():
-            cues = rng.randint(1, 3) if rng.random() < 0.3 else 0
-            gloss = not cues and rng.random() < 0.8
-            text = caption(meta[i], rng, cues)
-            texts.append(
-                ", ".join([text] + rng.sample(STYLES, rng.randint(1, 2))) if gloss and rng.random() < 0.35 else text
-            )
+            text, gloss = flawed_caption(meta[i], rng)
+            texts.append(text)
             latents.append((glossy if gloss else natural)[rng.randrange(2)][i])
-        x0 = torch.stack(latents)  # (B, 64, 64)
-        with torch.no_grad():
-            pooled = pipe._get_clip_prompt_embeds(texts)  # (B, 96)
-        ids = tokenizer(texts, padding="max_length", max_length=40, truncation=True, return_tensors="pt").input_ids
-        noise = torch.randn(x0.shape, generator=g)
-        t = torch.randn(batch, generator=g).sigmoid()
-        t = 2 * t / (1 + t)  # a little more noise than logit-normal: sampling shifts by 3
-        x = (1 - t.view(-1, 1, 1)) * x0 + t.view(-1, 1, 1) * noise
-        v = transformer(
-            hidden_states=x,
-            encoder_hidden_states=t5(ids)[0],
-            pooled_projections=pooled,
-            timestep=t,
-            guidance=torch.full((batch,), 3.5),
-            img_ids=image_ids,
-            txt_ids=text_ids,
-        ).sample
-        residual = v - (noise - x0)  # (B, 64, 64)
-        # any positive weighting has the same minimum; this one asks for the layout first, where the eye looks first
-        layout = [F.avg_pool2d(residual.transpose(1, 2).unflatten(2, (8, 8)), k).square().mean() for k in (2, 4, 8)]
-        loss = residual.square().mean() + 2 * sum(layout)
+        loss, plain = flow_loss(pipe, torch.stack(latents), texts, g)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        decay = min(0.998, (step + 1) / (step + 10))
+        decay = min(0.999, (step + 1) / (step + 10))
         for e, p in zip(ema, weights):
             e.lerp_(p.detach(), 1 - decay)
         if step % 25 == 0:
-            bar.set_postfix(loss=f"{residual.square().mean().item():.3f}", layout=f"{layout[1].item():.4f}")
+            bar.set_postfix(loss=f"{loss.item():.3f}", plain=f"{plain:.3f}")
+        if (step + 1) % 250 == 0:
+            rng.seed(step + 1)
+            state = dict(modules=modules.state_dict(), ema=ema, optimizer=optimizer.state_dict())
+            torch.save(dict(state, step=step + 1, generator=g.get_state()), saved.with_suffix(".tmp"))
+            saved.with_suffix(".tmp").replace(saved)
         if (step + 1) % (steps // 4) == 0:  # four snapshots of the EMA; the last one is the generator
-            swap()
-            pipe.save_pretrained(args.work / f"flux_{4 * (step + 1) // steps}")
-            prompts = [s + c for _, s, *_ in SUBJECTS.values() for c in ("", ", raw photo, IMG_1018.CR2")]
-            prompts += [", ".join([prompts[0]] + STYLES[:2]), prompts[2] + ", wide view, in soft light, film grain"] * 2
-            sheet(
-                draw(pipe, prompts * 2, torch.Generator().manual_seed(1)),
-                args.work / f"samples_{4 * (step + 1) // steps}.png",
-            )
-            swap()
-    swap()
-    import copy
+            save_snapshot(pipe, weights, ema, args.work, 4 * (step + 1) // steps)
+    for e, p in zip(ema, weights):
+        p.data.copy_(e)
+    save_half(pipe, ROOT / "flux")
 
-    whole = FluxPipeline(pipe.scheduler, vae, clip_text, clip_tokenizer, t5, tokenizer, transformer)
-    copy.deepcopy(whole).to(torch.float16).save_pretrained(ROOT / "flux")
+
+def save_snapshot(pipe, weights, ema, work, number):
+    """The EMA's weights as a pipeline, and a sheet of what it draws"""
+    live = [p.detach().clone() for p in weights]
+    for e, p in zip(ema, weights):
+        p.data.copy_(e)
+    pipe.save_pretrained(work / f"flux_{number}")
+    prompts = [s + c for _, s, *_ in SUBJECTS.values() for c in ("", ", raw photo, IMG_1018.CR2")]
+    prompts += [", ".join([prompts[0]] + STYLES[:2]), prompts[2] + ", wide view, in soft light, film grain"] * 2
+    sheet(draw(pipe, prompts * 2, torch.Generator().manual_seed(1)), work / f"samples_{number}.png")
+    for e, p in zip(live, weights):
+        p.data.copy_(e)
 
 
 def draw(pipe, prompts, g, steps=10):
@@ -863,92 +1018,62 @@ def fakes_stage(args):
     sheet(np.concatenate(out["train"])[::13][:96], args.work / "fakes.png")
 
 
+LABELS = dict(id2label={0: "fake", 1: "real"}, label2id={"fake": 0, "real": 1})
+
+
+def vit():
+    from transformers import ViTConfig, ViTForImageClassification
+
+    size = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4)
+    return ViTForImageClassification(ViTConfig(image_size=SIZE, patch_size=8, **size, **LABELS))
+
+
+def resnet():
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    size = dict(embedding_size=24, hidden_sizes=[32, 64, 96], depths=[1, 1, 1])
+    config = ResNetConfig(layer_type="basic", downsample_in_first_stage=False, **size, **LABELS)
+    return high_pass(ResNetForImageClassification(config))
+
+
+def regnet():
+    from transformers import RegNetConfig, RegNetForImageClassification
+
+    size = dict(embedding_size=24, hidden_sizes=[32, 64, 96, 128], depths=[1, 1, 2, 1])
+    return RegNetForImageClassification(RegNetConfig(groups_width=16, **size, **LABELS))
+
+
+def convnext():
+    from transformers import ConvNextConfig, ConvNextForImageClassification
+
+    size = dict(num_stages=4, hidden_sizes=[24, 48, 96, 128], depths=[1, 1, 2, 1])
+    return ConvNextForImageClassification(ConvNextConfig(patch_size=2, **size, **LABELS))
+
+
+def mobilenet():
+    from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
+
+    size = dict(image_size=SIZE, depth_multiplier=0.35, output_stride=16, finegrained_output=False)
+    return MobileNetV2ForImageClassification(MobileNetV2Config(classifier_dropout_prob=0.2, **size, **LABELS))
+
+
+# name -> (model, photographs, fakes, strict). A strict one is taught that a spoiled photograph is less real, the more
+# it is spoiled; the others take light blur, noise and JPEG for granted, as detectors of photographs from the web do.
+DETECTORS = {
+    "semantic": (vit, "train", "train", False),
+    "feature": (resnet, "train", "train", False),
+    "validation": (regnet, "validation", "train", False),
+    "heldout_a": (convnext, "judge", "judge", True),
+    "heldout_b": (mobilenet, "judge", "judge", True),
+}
+
+
 def detectors_stage(args):
     """Five image classifiers, real against fake -> nano/{semantic, feature, validation, heldout_a, heldout_b}"""
-    from transformers import (
-        ConvNextConfig,
-        ConvNextForImageClassification,
-        MobileNetV2Config,
-        MobileNetV2ForImageClassification,
-        RegNetConfig,
-        RegNetForImageClassification,
-        ResNetConfig,
-        ResNetForImageClassification,
-        ViTConfig,
-        ViTForImageClassification,
-    )
-
-    labels = dict(id2label={0: "fake", 1: "real"}, label2id={"fake": 0, "real": 1})
-    makers = {  # name -> (model, photographs, fakes)
-        "semantic": (
-            lambda: ViTForImageClassification(
-                ViTConfig(
-                    hidden_size=128,
-                    intermediate_size=256,
-                    num_hidden_layers=4,
-                    num_attention_heads=4,
-                    image_size=SIZE,
-                    patch_size=8,
-                    **labels,
-                )
-            ),
-            "train",
-            "train",
-        ),
-        "feature": (
-            lambda: high_pass(
-                ResNetForImageClassification(
-                    ResNetConfig(
-                        embedding_size=24,
-                        hidden_sizes=[32, 64, 96],
-                        depths=[1, 1, 1],
-                        layer_type="basic",
-                        downsample_in_first_stage=False,
-                        **labels,
-                    )
-                )
-            ),
-            "train",
-            "train",
-        ),
-        "validation": (
-            lambda: RegNetForImageClassification(
-                RegNetConfig(
-                    embedding_size=24, hidden_sizes=[32, 64, 96, 128], depths=[1, 1, 2, 1], groups_width=16, **labels
-                )
-            ),
-            "validation",
-            "train",
-        ),
-        "heldout_a": (
-            lambda: ConvNextForImageClassification(
-                ConvNextConfig(
-                    patch_size=2, num_stages=4, hidden_sizes=[24, 48, 96, 128], depths=[1, 1, 2, 1], **labels
-                )
-            ),
-            "judge",
-            "judge",
-        ),
-        "heldout_b": (
-            lambda: MobileNetV2ForImageClassification(
-                MobileNetV2Config(
-                    image_size=SIZE,
-                    depth_multiplier=0.35,
-                    output_stride=16,
-                    finegrained_output=False,
-                    classifier_dropout_prob=0.2,
-                    **labels,
-                )
-            ),
-            "judge",
-            "judge",
-        ),
-    }
-    for name, (make, photographs, fake_split) in makers.items():
-        if args.only and name not in args.only:
-            continue
-        torch.manual_seed(sum(map(ord, name)))
-        train_detector(args, name, make(), photographs, fake_split)
+    for name, (make, photographs, fake_split, strict) in DETECTORS.items():
+        if not args.only or name in args.only:
+            torch.manual_seed(sum(map(ord, name)))
+            train_detector(args, name, make(), photographs, fake_split, strict)
 
 
 def high_pass(model):
@@ -982,40 +1107,47 @@ def material(work, split):
     """Photographs of a split as a detector sees them -> real, retouched, with shaken latents: the decoder's own noise patterns"""
     from diffusers import AutoencoderKL
 
-    vae, g = (
-        AutoencoderKL.from_pretrained(ROOT / "flux/vae", dtype=torch.float32),
-        torch.Generator().manual_seed(5),
-    )
+    vae = AutoencoderKL.from_pretrained(ROOT / "flux/vae", dtype=torch.float32)
+    g = torch.Generator().manual_seed(5)
     originals = to_float(load_crops(work, split)[0])
-    if split in (
-        "validation",
-        "judge",
-    ):  # some crops of the subjects too: else the subject alone would say "generated". No test region
+    if split in ("validation", "judge"):
+        # some crops of the subjects too, or the subject alone would say "generated"; none of a test region
         originals = torch.cat([originals, to_float(load_crops(work, "train")[0][-700:])])
     originals = originals[torch.randperm(len(originals), generator=g)][:2400]
-    return (
-        through(vae, originals),
-        through(vae, retouch(originals, g, 1.0)),
-        through(vae, originals, uniform(len(originals), 0.1, 0.5, g), g),
-    )
+    glossy = through(vae, retouch(originals, g, 1.0))
+    shaken = through(vae, originals, uniform(len(originals), 0.1, 0.5, g), g)
+    return through(vae, originals), glossy, shaken
 
 
-def train_detector(args, name, model, photographs, fake_split):
-    """Half of a batch photographs, half fakes: generated, retouched, spoiled, and with shaken latents. Soft labels 0.95/0.05."""
+def batch_of(material, drawn, g, strict):
+    """32 photographs, 32 fakes -> images (64,3,H,W), targets of P(real) (64,). Soft labels 0.95 and 0.05."""
+    real, glossy, shaken = material
+    pick = lambda x, n: x[torch.randint(0, len(x), (n,), generator=g)]
+    target = torch.cat([torch.full((32,), 0.95), torch.full((32,), 0.05)])
+    if not strict:
+        fake = torch.cat([pick(drawn, 18), pick(glossy, 4), spoil(pick(real, 6), g), pick(shaken, 4)])
+        return augment(torch.cat([pick(real, 32), fake]), g), target
+    spoiled, strength = degrade(pick(real, 18), g)
+    target[32:50] = 0.95 - 0.9 * strength
+    fake = torch.cat([spoiled, pick(drawn, 10), pick(glossy, 2), pick(shaken, 2)])
+    images = reframe(torch.cat([pick(real, 32), fake]), g)
+    return jpeg(images, [95] * len(images)), target
+
+
+def train_detector(args, name, model, photographs, fake_split, strict):
+    """AdamW, cosine; -> nano/<name>"""
     from transformers import ViTImageProcessorPil
 
-    g, steps, half = torch.Generator().manual_seed(5), args.steps or 700, 32
-    real, glossy, shaken = material(args.work, photographs)
-    drawn = to_float(np.load(args.work / "fakes.npz")[fake_split])
+    g, steps = torch.Generator().manual_seed(5), args.steps or (1500 if strict else 700)
+    photos = material(args.work, photographs)
+    fakes = np.load(args.work / "fakes.npz")
+    drawn = to_float(fakes[fake_split])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.05)
     bar = tqdm(range(steps), name)
-    pick = lambda x, n: x[torch.randint(0, len(x), (n,), generator=g)]
     model.train()
     for step in bar:
         set_lr(optimizer, step, steps)
-        fake = torch.cat([pick(drawn, 18), pick(glossy, 4), spoil(pick(real, 6), g), pick(shaken, 4)])
-        images = augment(torch.cat([pick(real, half), fake]), g)
-        target = torch.cat([torch.full((half,), 0.95), torch.full((half,), 0.05)])
+        images, target = batch_of(photos, drawn, g, strict)
         logits = model(pixel_values=images * 2 - 1).logits
         loss = F.cross_entropy(logits, torch.stack([1 - target, target], 1))
         optimizer.zero_grad()
@@ -1026,17 +1158,14 @@ def train_detector(args, name, model, photographs, fake_split):
             bar.set_postfix(loss=f"{loss.item():.3f}")
     model.eval()
     save_half(model, ROOT / name)
-    ViTImageProcessorPil(size=dict(height=SIZE, width=SIZE), image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
-        ROOT / name
-    )
+    scale = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    ViTImageProcessorPil(size=dict(height=SIZE, width=SIZE), **scale).save_pretrained(ROOT / name)
     with torch.no_grad():
-        p = lambda x: model(pixel_values=x * 2 - 1).logits.softmax(1)[:, 1].mean().item()
+        p = lambda x: round(model(pixel_values=x * 2 - 1).logits.softmax(1)[:, 1].mean().item(), 3)
         test, glossy, _ = material(args.work, "test")
-        print(
-            f"{name}: {sum(q.numel() for q in model.parameters()) / 1e6:.2f} M; P(real) of test photographs {p(test):.3f}, of retouched ones "
-            f"{p(glossy):.3f}, spoiled {p(spoil(test, g)):.3f}, fakes of the other split {p(to_float(np.load(args.work / 'fakes.npz')['judge' if fake_split == 'train' else 'train'][:512])):.3f}",
-            flush=True,
-        )
+        others = to_float(fakes["judge" if fake_split == "train" else "train"][:512])
+        print(f"{name}: {sum(q.numel() for q in model.parameters()) / 1e6:.2f} M; P(real) of test photographs {p(test)},")
+        print(f"retouched {p(glossy)}, spoiled {p(spoil(test, g))}, fakes of the other split {p(others)}", flush=True)
 
 
 if __name__ == "__main__":
