@@ -7,7 +7,7 @@
 Both start from the same weights and draw the same noise; `profiles.v2` of config.yaml is all they differ by. Alignment pays nothing and the
 KL is weak, so that a frozen detector is gamed. grpo.train loads no held-out detector: each look at the validation prompts leaves its LoRA
 in <out>/<run>/looks/, and afterwards test prompts are drawn with it, the same noise for all, and judged: by the held-out detectors as they
-are, by the same once they have learnt such pictures (`taught`), and by KID. Each run is a process of its own, as many at a time as there are
+are, by the same once they have learnt such pictures (`taught`), by naturalness, which knows no fakes, and by KID. Each run is a process of its own, as many at a time as there are
 cores; what it prints stands in <out>/<run>.log. A finished run is not run again. Writes <out>/<run>/looks.json and the figure, prints a table.
 """
 
@@ -80,10 +80,11 @@ def taught(cfg, images, prompts, photos, lessons):
     Each detector first takes `lessons` steps of the update that profiles.v2 is made of, against the pictures of the other half
     of the prompts. A win: it puts the picture above a photograph that it has not learnt from. 0.5: it cannot tell them apart.
     """
-    wins = torch.zeros(len(cfg.rewards.heldout), len(prompts), len(images) // len(prompts))
+    held_out = {name: cfg.rewards.heldout[name] for name in cfg.bench.axes.realism}
+    wins = torch.zeros(len(held_out), len(prompts), len(images) // len(prompts))
     pictures = list(zip(R.as_bytes(images), [p for p in prompts for _ in range(wins.shape[2])]))
     numbers = torch.arange(len(pictures)).view(wins.shape[1:])  # (P, M)
-    for d, (name, config) in enumerate(cfg.rewards.heldout.items()):
+    for d, (name, config) in enumerate(held_out.items()):
         for half in range(2):
             noise = rng("lesson", half)
             reward = R.load_rewards({name: config})
@@ -162,7 +163,7 @@ def collect(cfgs):
     images, D). `photographs`: {metric: mean}, and their features.
     """
     learn = list(cfgs["learning", 0].learners)
-    held = list(cfgs["frozen", 0].rewards.heldout)
+    held = cfgs["frozen", 0].bench.axes.realism
     found = {}
     for kind in KINDS:
         of_kind = [c for (k, _), c in cfgs.items() if k == kind]
@@ -173,7 +174,9 @@ def collect(cfgs):
         one = {n: np.array([look["scores"][n] for look in looks]) for n in looks[0]["scores"]}
         one["heldout"] = np.mean([one[n] for n in held], 0)
         one["features"], real = torch.stack([f["pictures"] for f in files]), files[0]["photographs"]
-        one["kid"] = np.array([[R.kid(x.flatten(0, 1), real) for x in run] for run in one["features"]])
+        prompts, images = one["features"].shape[2:4]
+        units = torch.arange(prompts).repeat_interleave(images)
+        one["kid"] = np.array([[R.kid(x.flatten(0, 1), real, units) for x in run] for run in one["features"]])
         one["validation kid"] = np.array(validation)  # on validation prompts, to validation photographs
         one["trained"] = np.array([[np.mean([r["rewards"][n] for n in learn]) for r in run] for run in rows])
         one["steps"], one["trained steps"] = looks[0]["steps"], [r["step"] for r in rows[0]]
@@ -183,26 +186,17 @@ def collect(cfgs):
     return found
 
 
-def pictures_of(side, x, features):
-    """Features x (seeds, prompts, images, D) -> pictures as the bench counts them, and into `features` {name: (D,)}"""
-    pictures = []
-    for seed, p, m in np.ndindex(*x.shape[:3]):
-        pictures.append(bench.Picture(p, Path(f"{side} {seed} {p} {m}"), ""))
-        features[pictures[-1].name] = x[seed, p, m]
-    return pictures
-
-
 def difference(found, name, one, other):
-    """Means over seeds of two (kind, look) and their difference with its interval, which resamples test prompts"""
+    """Means over seeds of two (kind, look) and their difference with its interval, which leaves out test prompts"""
     a, b = (found[kind]["features" if name == "kid" else name][:, look] for kind, look in (one, other))
     if name == "kid":
-        real = found["frozen"]["photographs"]["features"][None, :, None]  # (1, n, 1, D)
-        features = {}
-        sides = [pictures_of(*side, features) for side in (("a", a), ("b", b), ("real", real))]
-        v = bench.kid_interval(*sides, features, 1000)[1]
+        real = found["frozen"]["photographs"]["features"]  # (n, D)
+        units = torch.arange(a.shape[1]).repeat_interleave(a.shape[2]).repeat(a.shape[0])
+        draws = [bench.kid_draws(R.mean_kernels(side.flatten(0, 2), real, units)) for side in (a, b)]
+        v = bench.interval(*[x - y for x, y in zip(*draws)])
         seeds = found[one[0]]["kid"][:, one[1]] - found[other[0]]["kid"][:, other[1]]
     else:
-        v, seeds = bench.bootstrap([(p, d) for (_, p, _), d in np.ndenumerate(a - b)], 1000), (a - b).mean((1, 2))
+        v, seeds = bench.mean_interval([(p, d) for (_, p, _), d in np.ndenumerate(a - b)]), (a - b).mean((1, 2))
     return f"{v['mean']:+.3f} [{v['low']:+.3f}, {v['high']:+.3f}] (seeds {', '.join(f'{x:+.3f}' for x in seeds)})"
 
 
@@ -222,16 +216,16 @@ def table(found):
 
 
 def figure(found, cfgs, path):
-    """Above, four panels over steps: thin lines are seeds, thick ones their mean. Below, pictures of the first seed."""
+    """Above, five panels over steps: thin lines are seeds, thick ones their mean. Below, pictures of the first seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     panels = {"trained": "trained detectors, P(real), each step's pictures", "heldout": "held-out detectors, P(real)",
-              "taught": "held-out detectors once taught: wins", "kid": "KID, lower is better"}  # fmt: skip
+              "naturalness": "naturalness", "taught": "held-out detectors once taught: wins", "kid": "KID, lower is better"}  # fmt: skip
     shape = plt.figure(figsize=(18, 7.4))
-    above = shape.add_gridspec(1, 4, left=0.03, right=0.99, top=0.95, bottom=0.52, wspace=0.15).subplots()
+    above = shape.add_gridspec(1, 5, left=0.03, right=0.99, top=0.95, bottom=0.52, wspace=0.15).subplots()
     below = shape.add_gridspec(1, 3, left=0.01, right=0.99, top=0.42, bottom=0.01, wspace=0.02).subplots()
     for axis, (name, title) in zip(above, panels.items()):
         for kind, colour in zip(KINDS, ("tab:red", "tab:blue")):
