@@ -260,7 +260,9 @@ def draw(run, cfg, weights, prompts, texts, folder):
     for start in tqdm(range(0, len(todo), cfg.micro_batch), desc="draw"):
         rows = todo[start : start + cfg.micro_batch]
         # images (b,3,H,W)
-        images, _ = run.generator.rollout([texts[i] for i in rows], [keys[i] for i in rows])
+        images, _ = run.generator.rollout(
+            [texts[i] for i in rows], [keys[i] for i in rows]
+        )
         for i, drawn in zip(rows, R.to_pil(images)):
             write(pictures[i].file, in_codec(drawn))
     return pictures
@@ -295,11 +297,15 @@ def adopt(run, cfg, name, pictures, folder):
     With autoencode_photos photographs also pass through the generator's autoencoder, whose blur would tell.
     """
     shape = cfg.generator.height, cfg.generator.width
-    through = cfg.generator.model if name == "photographs" and cfg.autoencode_photos else ""
+    through = (
+        cfg.generator.model if name == "photographs" and cfg.autoencode_photos else ""
+    )
     adopted = []
     for picture in tqdm(pictures, desc=f"read {name}"):
         image = R.read_image(picture.file, shape)[None]  # (1,3,H,W)
-        file = folder / f"{key(content(picture.file), picture.text, shape, through)}.jpg"
+        file = (
+            folder / f"{key(content(picture.file), picture.text, shape, through)}.jpg"
+        )
         if not file.exists():
             write(file, in_codec(R.to_pil(run.real(image) if through else image)[0]))
         adopted.append(picture._replace(file=file))
@@ -336,7 +342,9 @@ def over(run, cfg, pictures, function):
         chunk = pictures[start : start + cfg.micro_batch]
         images = torch.stack([R.read_image(picture.file) for picture in chunk])
         texts = [picture.text for picture in chunk]
-        rows |= zip([picture.name for picture in chunk], function(images.to(run.device), texts))
+        rows |= zip(
+            [picture.name for picture in chunk], function(images.to(run.device), texts)
+        )
     return rows
 
 
@@ -349,14 +357,18 @@ def measure(run, cfg, rewards, pictures):
     for metric, reward in rewards.items():
 
         def rows(images, texts):
-            return R.score({metric: reward}, images, texts, cfg.micro_batch)[metric].tolist()  # b
+            return R.score({metric: reward}, images, texts, cfg.micro_batch)[
+                metric
+            ].tolist()  # b
 
         with R.visiting(reward, run.device if cfg.offload else None):
             for name, value in over(run, cfg, pictures, rows).items():
                 seen[name][metric] = value
     for scores in seen.values():
         if cfg.bench.axes.realism:
-            scores["heldout"] = float(np.mean([scores[name] for name in cfg.bench.axes.realism]))
+            scores["heldout"] = float(
+                np.mean([scores[name] for name in cfg.bench.axes.realism])
+            )
     return seen
 
 
@@ -366,7 +378,9 @@ def figures_of(cfg, contestants, seen, categories):
     A photograph has the category of the prompt that its caption is.
     """
     rewards = cfg.rewards.train | cfg.rewards.heldout
-    detectors = [name for name, reward in rewards.items() if reward.kind != "clip"] + ["heldout"]
+    detectors = [name for name, reward in rewards.items() if reward.kind != "clip"] + [
+        "heldout"
+    ]
     figures = defaultdict(list)
     for name, pictures in contestants.items():
         for picture in pictures:
@@ -382,7 +396,9 @@ def figures_of(cfg, contestants, seen, categories):
             # a picture less base's mean for its prompt, so that what prompts differ by cancels
             base = unit_means(figures["scores", "base", metric])
             pairs = figures["scores", name, metric]
-            figures["difference", name, metric] = [(unit, value - base[unit]) for unit, value in pairs]
+            figures["difference", name, metric] = [
+                (unit, value - base[unit]) for unit, value in pairs
+            ]
     return figures
 
 
@@ -407,7 +423,9 @@ def add_kid(result, metric, contestants, features):
     draws = {}
     for name in result["difference"]:  # base first
         units = torch.tensor([picture.unit for picture in contestants[name]])
-        draws[name] = kid_draws(R.mean_kernels(of(contestants[name]), photographs, units))
+        draws[name] = kid_draws(
+            R.mean_kernels(of(contestants[name]), photographs, units)
+        )
         result["scores"][name][metric] = interval(*draws[name])
         change = [mine - base for mine, base in zip(draws[name], draws["base"])]
         result["difference"][name][metric] = interval(*change)
@@ -435,7 +453,9 @@ def parse(reply):
     text = reply.rpartition("</think>")[2].lower()
     answers = {}
     for axis in asdict(AxesConfig()):
-        found = re.findall(rf"\b{axis}\W*(?:is\W+)?(?:the\W+)?(first|second|tie)\b", text)
+        found = re.findall(
+            rf"\b{axis}\W*(?:is\W+)?(?:the\W+)?(first|second|tie)\b", text
+        )
         if found:
             answers[axis] = found[-1]
     return answers
@@ -464,17 +484,28 @@ class Judge:
         self.device = device
         judge = cfg.bench.judge
         self.name = f"{judge.kind} {judge.model} {judge.base_url if judge.kind == 'openai' else ''}".strip()
-        self.made_by = self.name, key(PAIR)  # another wording shares no answer with this one
+        self.made_by = (
+            self.name,
+            key(PAIR),
+        )  # another wording shares no answer with this one
         self.calls = Counter()
         self.failed_in_a_row = 0
         self.axes = asdict(cfg.bench.axes)
         if judge.kind == "detector":
-            self.axes = {axis: metrics for axis, metrics in self.axes.items() if metrics}
+            self.axes = {
+                axis: metrics for axis, metrics in self.axes.items() if metrics
+            }
         self.log = folder.parent / "judgements.jsonl"
         data = self.log.read_bytes() if self.log.exists() else b""
-        write(self.log, data[: data.rfind(b"\n") + 1])  # without the half line that a kill may leave
+        write(
+            self.log, data[: data.rfind(b"\n") + 1]
+        )  # without the half line that a kill may leave
         rows = [json.loads(line) for line in self.log.read_text().splitlines()]
-        rows = [row for row in rows if tuple(row["made_by"]) == self.made_by and row["answers"]]
+        rows = [
+            row
+            for row in rows
+            if tuple(row["made_by"]) == self.made_by and row["answers"]
+        ]
         self.answers = {tuple(row["pictures"]): row["answers"] for row in rows}
 
     def ask(self, pairs):
@@ -486,13 +517,17 @@ class Judge:
             self.model = connect(self.cfg, self.device)
             # an Endpoint has a map of its own, which asks several at a time
             asked = getattr(self.model, "map", map)(self.put, tqdm(todo, desc="judge"))
-            self.answers |= {pair: answers for pair, answers in zip(todo, asked) if answers}
+            self.answers |= {
+                pair: answers for pair, answers in zip(todo, asked) if answers
+            }
 
     def compare(self, x, y):
         """The detector judge; a tie only where two are equal, as different files hardly are"""
         answers = {}
         for axis, metrics in self.axes.items():
-            ahead = sum(self.seen[x][metric] - self.seen[y][metric] for metric in metrics)
+            ahead = sum(
+                self.seen[x][metric] - self.seen[y][metric] for metric in metrics
+            )
             answers[axis] = {1: "first", 0: "tie", -1: "second"}[np.sign(ahead)]
         return answers
 
@@ -509,12 +544,16 @@ class Judge:
             row["error"] = str(failure)
             self.calls["failed"] += 1
             # 400 may be about these pictures alone, unless it was never otherwise
-            self.failed_in_a_row += "HTTP 400" not in row["error"] or not self.calls["answered"]
+            self.failed_in_a_row += (
+                "HTTP 400" not in row["error"] or not self.calls["answered"]
+            )
             if self.failed_in_a_row >= GIVE_UP:
                 raise ConfigError(
                     f"bench.judge: {failure}, {GIVE_UP} times; expected answers, run again to go on"
                 ) from failure
-        with open(self.log, "a") as log:  # a line fits into one write, so those of several threads cannot mix
+        with open(
+            self.log, "a"
+        ) as log:  # a line fits into one write, so those of several threads cannot mix
             log.write(json.dumps(row) + "\n")
         return row["answers"]
 
@@ -528,10 +567,15 @@ class Judge:
     def summary(self, pairs):
         """How far the judge may be believed, and what it cost"""
         told = [
-            (pair, axis, answer) for pair, found in self.answers.items() for axis, answer in found.items()
+            (pair, axis, answer)
+            for pair, found in self.answers.items()
+            for axis, answer in found.items()
         ]
         first = [answer == "first" for _, _, answer in told if answer != "tie"]
-        changed = [answer == self.answers.get((y, x), {}).get(axis) != "tie" for (x, y), axis, answer in told]
+        changed = [
+            answer == self.answers.get((y, x), {}).get(axis) != "tie"
+            for (x, y), axis, answer in told
+        ]
         return {
             "name": self.name,
             "pairs": pairs,
@@ -568,7 +612,9 @@ def by_prompt(contestants, prompts):
     """{contestant: [Picture]} -> {contestant: per prompt its Pictures}"""
     result = {}
     for name, pictures in contestants.items():
-        result[name] = [[x for x in pictures if x.unit == p] for p in range(len(prompts))]
+        result[name] = [
+            [x for x in pictures if x.unit == p] for p in range(len(prompts))
+        ]
     result["photographs"] = deal(contestants["photographs"], prompts)
     return result
 
@@ -612,7 +658,12 @@ def hold(judge, rows):
 
 def rate(results, names):
     """Ratings of `names`, (n,), and what they are without each prompt, (units, n)"""
-    units = {p: i for i, p in enumerate(dict.fromkeys(p for rows in results.values() for p, _ in rows))}
+    units = {
+        p: i
+        for i, p in enumerate(
+            dict.fromkeys(p for rows in results.values() for p, _ in rows)
+        )
+    }
     wins = np.zeros((len(units), len(names), len(names)))
     for (a, b), rows in results.items():
         for p, won in rows:
@@ -670,7 +721,9 @@ def compare_people(votes, results):
     judges, _ = rate(judged, names)
     agreed = []
     for pair, rows in votes.items():
-        first = dict(reversed(judged.get(pair, [])))  # of each prompt the match that the page shows
+        first = dict(
+            reversed(judged.get(pair, []))
+        )  # of each prompt the match that the page shows
         agreed += [(p, 1 - abs(won - first.get(p, np.nan))) for p, won in rows]
     return {
         "votes": len(agreed) // 2,  # each stands there from both sides
@@ -690,7 +743,9 @@ def add_noise(picture, std):
     pixels = np.asarray(picture)  # (H,W,3)
     # another noise for each picture: one for all may look more or less like a photograph's
     noise = rng("bench noise", int(pixels.sum())).standard_normal(pixels.shape)
-    return Image.fromarray((pixels + 255 * std * noise).round().clip(0, 255).astype(np.uint8))
+    return Image.fromarray(
+        (pixels + 255 * std * noise).round().clip(0, 255).astype(np.uint8)
+    )
 
 
 def weave(picture, strength):
@@ -699,7 +754,9 @@ def weave(picture, strength):
     wave = np.cos(np.pi * np.arange(pixels.shape[0]) / 4)[:, None] + np.cos(
         np.pi * np.arange(pixels.shape[1]) / 4
     )
-    return Image.fromarray((pixels + 255 * strength * wave[..., None]).clip(0, 255).astype(np.uint8))
+    return Image.fromarray(
+        (pixels + 255 * strength * wave[..., None]).clip(0, 255).astype(np.uint8)
+    )
 
 
 def repeat(picture, share):
@@ -717,17 +774,28 @@ def repeat(picture, share):
 def cast(picture, strength):
     """Red up, blue down"""
     gains = np.array([1 + strength, 1, 1 - strength])
-    return Image.fromarray((np.asarray(picture) * gains).round().clip(0, 255).astype(np.uint8))
+    return Image.fromarray(
+        (np.asarray(picture) * gains).round().clip(0, 255).astype(np.uint8)
+    )
 
 
 # PIL picture, strength -> PIL picture; weak, middle, strong. The median of `smooth` melts texture and leaves
 # edges, as on retouched skin.
 DISTORTIONS = {
-    "blur": (lambda x, sigma: x.filter(ImageFilter.GaussianBlur(sigma)), (0.6, 1.0, 2.0)),
+    "blur": (
+        lambda x, sigma: x.filter(ImageFilter.GaussianBlur(sigma)),
+        (0.6, 1.0, 2.0),
+    ),
     "noise": (add_noise, (0.04, 0.08, 0.16)),
-    "jpeg": (lambda x, quality: Image.open(io.BytesIO(R.encode(x, quality))), (40, 20, 10)),
+    "jpeg": (
+        lambda x, quality: Image.open(io.BytesIO(R.encode(x, quality))),
+        (40, 20, 10),
+    ),
     "smooth": (lambda x, pixels: x.filter(ImageFilter.MedianFilter(pixels)), (3, 5, 7)),
-    "saturate": (lambda x, factor: ImageEnhance.Color(x).enhance(factor), (1.4, 2.0, 3.0)),
+    "saturate": (
+        lambda x, factor: ImageEnhance.Color(x).enhance(factor),
+        (1.4, 2.0, 3.0),
+    ),
     "weave": (weave, (0.02, 0.04, 0.08)),
     "repeat": (repeat, (0.25, 0.5, 1.0)),
     "cast": (cast, (0.1, 0.2, 0.4)),
@@ -738,7 +806,10 @@ def spoil(picture, distortion, strength):
     """-> the Picture of a spoiled file"""
     file = picture.file.with_stem(key(picture.name, distortion, strength))
     if not file.exists():
-        write(file, in_codec(DISTORTIONS[distortion][0](Image.open(picture.file), strength)))
+        write(
+            file,
+            in_codec(DISTORTIONS[distortion][0](Image.open(picture.file), strength)),
+        )
     return picture._replace(file=file)
 
 
@@ -758,19 +829,30 @@ def selftest(cfg, judge, photographs, look):
     levels. look([Picture]) -> {name: {metric: number}}
     """
     photographs = photographs[: cfg.bench.pairs]
-    metrics = [metric for metrics in asdict(cfg.bench.axes).values() for metric in metrics]
+    metrics = [
+        metric for metrics in asdict(cfg.bench.axes).values() for metric in metrics
+    ]
     result = defaultdict(dict)
     for distortion, (_, strengths) in tqdm(DISTORTIONS.items(), desc="selftest"):
         levels = [photographs]
-        levels += [[spoil(x, distortion, strength) for x in photographs] for strength in strengths]
+        levels += [
+            [spoil(x, distortion, strength) for x in photographs]
+            for strength in strengths
+        ]
         judge.seen |= look(sum(levels[1:], []))
         for metric in metrics:
-            means = [np.mean([judge.seen[x.name][metric] for x in level]) for level in levels]
+            means = [
+                np.mean([judge.seen[x.name][metric] for x in level]) for level in levels
+            ]
             result[distortion][metric] = ordered(means)
-        pictures = {i: [[picture] for picture in level] for i, level in enumerate(levels)}
+        pictures = {
+            i: [[picture] for picture in level] for i, level in enumerate(levels)
+        }
         results = hold(judge, matches(pictures, len(photographs)))
         for axis in judge.axes:
-            result[distortion][f"arena {axis}"] = ordered(rate(results[axis], list(pictures))[0])
+            result[distortion][f"arena {axis}"] = ordered(
+                rate(results[axis], list(pictures))[0]
+            )
     return result
 
 
@@ -790,7 +872,11 @@ def leaves(node, path=()):
 
 def cell(value):
     if isinstance(value, dict):
-        between = "" if value["low"] is None else f" [{value['low']:.4g}, {value['high']:.4g}]"
+        between = (
+            ""
+            if value["low"] is None
+            else f" [{value['low']:.4g}, {value['high']:.4g}]"
+        )
         return f"{value.get('mean', value.get('rate')):.4g}{between}"
     if isinstance(value, list):
         return ", ".join(map(cell, value))
@@ -823,7 +909,10 @@ def gallery(cfg, pictures, prompts, seen):
                 small = Image.open(picture.file)
                 small.thumbnail((512, 512))
                 url = f"data:image/jpeg;base64,{base64.b64encode(in_codec(small)).decode()}"
-                scores = {metric: round(value, 3) for metric, value in seen[picture.name].items()}
+                scores = {
+                    metric: round(value, 3)
+                    for metric, value in seen[picture.name].items()
+                }
                 row[name] = {"url": url, "scores": scores}
         result.append({"prompt": prompt, "pictures": row})
     return result
@@ -862,7 +951,9 @@ def check(cfg, prompts):
                     f"bench.axes.{axis}: {metric}; expected rewards.heldout's: {few(cfg.rewards.heldout, 9)}"
                 )
     if b.judge.kind == "detector" and not any(asdict(b.axes).values()):
-        raise ConfigError("bench.judge.kind: detector, but bench.axes is empty; expected vlm or openai")
+        raise ConfigError(
+            "bench.judge.kind: detector, but bench.axes is empty; expected vlm or openai"
+        )
     if b.judge.kind == "vlm":
         check_folder(b.judge.model, "config.json")
     if b.judge.kind == "openai":
@@ -876,7 +967,9 @@ def check(cfg, prompts):
     categories = {}
     if b.categories:
         with loading(f"{b.categories}, for {len(prompts)} test prompts,"):
-            categories = dict(zip(prompts, grpo.read_prompts(b.categories), strict=True))
+            categories = dict(
+                zip(prompts, grpo.read_prompts(b.categories), strict=True)
+            )
     return elsewhere, categories, read_votes(b.human, names, prompts) if b.human else {}
 
 
@@ -890,8 +983,16 @@ def main(cfg):
     run = grpo.Run(cfg, train=False)
     heldout = R.load_rewards(cfg.rewards.heldout, "cpu" if cfg.offload else run.device)
     contestants = gather(run, cfg, prompts, elsewhere, folder)
-    for name, pictures in contestants.items():  # for measures of your own, in the layout of bench.contestants
-        lines = [json.dumps({"image": f"pictures/{x.file.name}", "prompt": x.text}) for x in pictures]
+    for (
+        name,
+        pictures,
+    ) in (
+        contestants.items()
+    ):  # for measures of your own, in the layout of bench.contestants
+        lines = [
+            json.dumps({"image": f"pictures/{x.file.name}", "prompt": x.text})
+            for x in pictures
+        ]
         write(folder.parent / f"{name}.jsonl", "\n".join(lines).encode())
     everything = sum(contestants.values(), [])
     seen = measure(run, cfg, run.rewards | heldout, everything)
@@ -902,7 +1003,9 @@ def main(cfg):
     result |= nest(figures_of(cfg, contestants, seen, categories))
     spaces = {"kid": run.features}
     spaces |= {
-        f"kid_{name}": reward.features for name, reward in heldout.items() if hasattr(reward, "features")
+        f"kid_{name}": reward.features
+        for name, reward in heldout.items()
+        if hasattr(reward, "features")
     }
     for metric, features in spaces.items():
         rows = over(run, cfg, everything, lambda images, texts: features(images).cpu())
@@ -913,7 +1016,9 @@ def main(cfg):
     rows = matches(pictures, b.pairs)
     results = hold(judge, rows)
     result["arena"] = {axis: arena(results[axis]) for axis in judge.axes}
-    result["rating"] = {axis: rating(results[axis], list(contestants)) for axis in judge.axes}
+    result["rating"] = {
+        axis: rating(results[axis], list(contestants)) for axis in judge.axes
+    }
     if votes:
         result["human"] = compare_people(votes, results["realism"])
     if b.selftest:
@@ -923,7 +1028,9 @@ def main(cfg):
     report(cfg, result, gallery(cfg, pictures, prompts, seen))
     print(markdown(result))
     seconds = time.perf_counter() - start
-    print(f"{seconds:.0f} seconds. Peak memory {peak_memory():.1f} GiB. Wrote {cfg.out}/bench.*")
+    print(
+        f"{seconds:.0f} seconds. Peak memory {peak_memory():.1f} GiB. Wrote {cfg.out}/bench.*"
+    )
 
 
 if __name__ == "__main__":
