@@ -42,47 +42,39 @@ NAMES = {
 UNUSED = ("U_r", "V_r", "weight_original_fnorm", "position_ids")
 
 
-class ExpertLinear(nn.Linear):
-    """The formula above, x (B,T,D) -> (B,T,D). The network sets `gates` (E,B,1,1) before each use."""
-
-    def __init__(self, width, experts, rank):
-        super().__init__(width, width)
-        self.U_experts = nn.ParameterList(torch.empty(width, rank) for _ in range(experts))
-        self.S_experts = nn.ParameterList(torch.empty(rank) for _ in range(experts))
-        self.V_experts = nn.ParameterList(torch.empty(rank, width) for _ in range(experts))
-
-    def forward(self, x):
-        y = super().forward(x)  # (B, T, D)
-        for gate, U, S, V in zip(self.gates, self.U_experts, self.S_experts, self.V_experts):
-            y = y + gate * ((x @ V.T) * S @ U.T)  # from right to left: (B, T, r), then (B, T, D)
-        return y
-
-
 class Network(CLIPVisionModel):
     """The network that one file is of: `state`, {name: tensor}, tells pixels, experts, rank and router."""
 
     def __init__(self, state):
         patches = len(state["embeddings.position_embedding.weight"]) - 1  # less the class token
         super().__init__(CLIPVisionConfig(**SHAPE, image_size=SHAPE["patch_size"] * round(patches**0.5)))
-        width = SHAPE["hidden_size"]
         first = "encoder.layers.0.self_attn.q_proj.S_experts."
-        ranks = [len(state[name]) for name in state if name.startswith(first)]
-        for layer in self.encoder.layers:
-            for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-                setattr(layer.self_attn, name, ExpertLinear(width, len(ranks), ranks[0]))
-        self.experts = len(ranks)
+        self.experts = sum(name.startswith(first) for name in state)
+        for name, projection in self.encoder.named_modules():
+            if name.endswith("_proj"):
+                for part in ("U_experts", "S_experts", "V_experts"):  # (D, r), (r,), (r, D)
+                    tensors = [state[f"encoder.{name}.{part}.{i}"] for i in range(self.experts)]
+                    setattr(projection, part, nn.ParameterList(tensors))
+                projection.register_forward_hook(self.add_experts)
+        width = SHAPE["hidden_size"]
         self.head = nn.Linear(width, 2)
-        self.router = None
-        self.feature_extractor = None
-        if "router.0.weight" in state:
+        self.router = self.feature_extractor = None
+        if "router.0.bias" in state:
             hidden = len(state["router.0.bias"])
             subjects = len(state["router.2.bias"])
             self.router = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, subjects))
         if "feature_extractor.pre_layrnorm.bias" in state:
             self.feature_extractor = CLIPVisionModel(self.config)
 
-    def gates(self, pixels):
-        """pixels (B,3,h,w) -> (B,E)
+    def add_experts(self, projection, inputs, y):
+        """The formula above, as a hook of a projection: inputs (x (B,T,D),), y = W x + bias (B,T,D)"""
+        parts = (projection.U_experts, projection.S_experts, projection.V_experts)
+        for gate, U, S, V in zip(self.gates, *parts):
+            y = y + gate * (inputs[0] @ V.T * S @ U.T)  # from left to right: (B, T, r), then (B, T, D)
+        return y
+
+    def route(self, pixels):
+        """pixels (B,3,h,w) -> gates (B,E)
 
         The router's best two share 1 by a softmax, as published. Experts that it has no output for are always
         on, with gate 1: the sixth, which knows artifacts where the others know subjects; or all of them.
@@ -101,10 +93,7 @@ class Network(CLIPVisionModel):
 
     def forward(self, pixels):
         """normalised pixels (B,3,h,w) -> logits (B,2), [real, fake]"""
-        gates = self.gates(pixels).T[:, :, None, None]  # (E, B, 1, 1)
-        for module in self.modules():
-            if isinstance(module, ExpertLinear):
-                module.gates = gates
+        self.gates = self.route(pixels).T[:, :, None, None]  # (E, B, 1, 1)
         return self.head(super().forward(pixels).pooler_output)
 
 
@@ -142,7 +131,7 @@ class OmniAid:
     def trainable(self):
         """Head and experts, as in the published detector that learns"""
         named = self.model.named_parameters()
-        return [p for name, p in named if name.startswith("head.") or "_experts." in name]
+        return [p for name, p in named if "head." in name or "_experts." in name]
 
     def preprocess(self, images):
         """(B,3,H,W) in [0,1] -> normalised (B,3,h,w)"""

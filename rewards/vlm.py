@@ -25,7 +25,7 @@ from functools import partial
 import httpx2  # what openai and huggingface_hub send their requests with
 import openai
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from common import ConfigError, check_folder, load_model, loading
@@ -62,17 +62,18 @@ class Asked:
         return [[i for i, word in enumerate(said) if word in words] for words in self.words]
 
 
-def message(shown, text):
-    """Pictures, as the one or the other kind takes them, and a text -> a chat of one message"""
-    return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
+def message(kind, shown, text):
+    """Pictures, in the form of their kind, and a text -> a chat of one message"""
+    content = [{"type": kind, kind: picture} for picture in shown]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
 
 # ---------------------------------------------------------------- a local model
 
 
-def picture_processor(model):
+def picture_processor(model, config):
     """AutoProcessor without its video part, which would need torchvision and which pictures do not"""
-    stock = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(model))]
+    stock = PROCESSOR_MAPPING[type(config)]
     parts = [name for name in stock.get_attributes() if "video" not in name]
     processor = type(stock.__name__, (stock,), {"get_attributes": classmethod(lambda _: parts)})
     return processor.from_pretrained(model)
@@ -90,10 +91,9 @@ class Vlm(Asked):
     def __post_init__(self, model, device):
         super().__post_init__()
         check_folder(model, "config.json")
-        weights = load_model(AutoModelForImageTextToText, model, dtype=self.dtype)
-        self.model = frozen(weights, device)
+        self.model = frozen(load_model(AutoModelForImageTextToText, model, dtype=self.dtype), device)
         with loading(model):
-            self.processor = picture_processor(model)
+            self.processor = picture_processor(model, self.model.config)
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"  # so that every row's last position is its last token
         self.columns = self.sides(tokenizer.batch_decode([[i] for i in range(len(tokenizer))]))
@@ -102,9 +102,7 @@ class Vlm(Asked):
 
     def inputs(self, pictures, texts):
         """B lists of PIL pictures, B texts, each pair one message of a user -> inputs of the model, padded"""
-        chats = []
-        for shown, text in zip(pictures, texts):
-            chats.append(message([{"type": "image", "image": picture} for picture in shown], text))
+        chats = [message("image", shown, text) for shown, text in zip(pictures, texts)]
         options = dict(tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
         inputs = self.processor.apply_chat_template(chats, processor_kwargs={"padding": True}, **options)
         return inputs.to(self.model.device, self.model.dtype)
@@ -200,19 +198,21 @@ class Endpoint(Asked):
             raise ConfigError("args.base_url: expected http(s)://host:port/path, no user, password or query")
         self.host = address[1]
         http = httpx2.AsyncClient(transport=Bounded(authorization(self.key)))
-        options = dict(max_retries=self.retries, timeout=self.timeout, http_client=http)
-        self.client = openai.AsyncOpenAI(base_url=self.base_url, api_key="none", **options)
+        self.client = openai.AsyncOpenAI(
+            base_url=self.base_url,
+            api_key="none",  # Bounded has the key
+            max_retries=self.retries,
+            timeout=self.timeout,
+            http_client=http,
+        )
         # asyncio, because it can give up a request at any point; a thread that waits for a socket cannot
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
 
     def ask(self, read, pictures, text, **options):
         """PIL pictures and a text in one message -> read(first choice of the answer); threads may call it"""
-        shown = []
-        for picture in pictures:
-            data = base64.b64encode(encode(picture, 0)).decode()  # PNG
-            shown.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}})
-        chat = message(shown, text)
+        files = [base64.b64encode(encode(picture, 0)).decode() for picture in pictures]  # PNG
+        chat = message("image_url", [{"url": f"data:image/png;base64,{file}"} for file in files], text)
         request = self.client.chat.completions.create(model=self.model, messages=chat, **options)
         # httpx counts from byte to byte: a server that drips would hold us for ever
         bounded = asyncio.wait_for(request, self.timeout * (1 + self.retries))
@@ -240,8 +240,7 @@ class Endpoint(Asked):
         return real / (real + fake)
 
     def __call__(self, images, prompts):
-        first_token = dict(max_tokens=1, temperature=0, logprobs=True, top_logprobs=20)
-        ask = partial(self.ask, self.read_real, **first_token)
+        ask = partial(self.ask, self.read_real, max_tokens=1, temperature=0, logprobs=True, top_logprobs=20)
         return torch.tensor(self.map(ask, *self.questions(images, prompts)))  # (B,)
 
     def reply(self, pictures, text):
