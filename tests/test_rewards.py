@@ -11,8 +11,8 @@ from contextlib import suppress
 
 import pytest
 import torch
-from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+from conftest import qwen_vl
+from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, Qwen2VLImageProcessorPil
 
 from common import ConfigError
 from reward import to_pil
@@ -48,21 +48,8 @@ def vlm(tmp_path_factory, pytestconfig):
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil(size=dict(shortest_edge=28**2, longest_edge=56**2)).save_pretrained(folder)
-    text = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        rope_parameters=dict(rope_type="default", mrope_section=[2, 3, 3], rope_theta=1e4),
-    )
-    vision = dict(depth=2, hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=32)
-    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     torch.manual_seed(3)
-    model = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=image)
-    )
+    model = qwen_vl(tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"))
     for p in model.parameters():
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.3)  # the default is so small that no picture matters
