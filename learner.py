@@ -79,8 +79,9 @@ class Photographs:
         n = len(pictures)
         drawn = []
         for i in noise.permutation(len(self.rows)):  # of all, so that the draw depends on the noise alone
-            held = i % HELD_BACK == 0
-            if len(drawn) == n or i in self.bad or held != held_back:
+            if len(drawn) == n:
+                break
+            if i in self.bad or (i % HELD_BACK == HELD_BACK - 1) != held_back:
                 continue
             try:
                 drawn.append((self.read(i), self.rows[i][1]))

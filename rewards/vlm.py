@@ -153,7 +153,7 @@ class Bounded(httpx2.AsyncHTTPTransport):
     headers  go out by name: the package would add the organisation, and whatever else stands in the user's
              environment. One comes in: so there is no place to be redirected to, and no cookie.
     bytes    1 MiB as they travel. Nothing is decompressed, so a small bomb stays small. An answer that is cut
-             there is no JSON any more. Of an error's body nothing is read.
+             there is no JSON any more. Of an error's body nothing is kept.
     """
 
     def __init__(self, headers):
@@ -187,7 +187,7 @@ class Endpoint(Asked):
     _: KW_ONLY
     base_url: str
     key: str = ""  # *name* of the environment variable that holds the API key; "" sends none
-    timeout: float = 60  # seconds of an attempt without a byte, and of all attempts on average
+    timeout: float = 60  # seconds that an attempt may be silent, and a question has for each attempt
     retries: int = 4
     concurrency: int = 8  # requests at a time
 

@@ -75,8 +75,11 @@ def draw(pipe, gen, latents):
 
 # ---------------------------------------------------------------- steps
 
+TIMES = [(1.0, 0.9), (0.95, 0.8), (0.4, 0.25), (0.1, 0.0)]
+STEPS = pytest.mark.parametrize("t,s", TIMES)
 
-@pytest.mark.parametrize("t,s", [(1.0, 0.9), (0.95, 0.8), (0.4, 0.25)])
+
+@STEPS
 def test_cps_keeps_the_coefficients_of_data_and_noise(t, s):
     """With the true velocity, (1-t) x0 + t eps becomes (1-s) x0 plus noise of std s, old and new."""
     x0 = randomly(1000)
@@ -88,7 +91,7 @@ def test_cps_keeps_the_coefficients_of_data_and_noise(t, s):
     assert std == pytest.approx(s * math.sin(0.7 * math.pi / 2))
 
 
-@pytest.mark.parametrize("t,s", [(1.0, 0.9), (0.95, 0.8), (0.4, 0.25)])
+@STEPS
 def test_flow_is_euler_maruyama_of_the_sde(t, s):
     """dx = [v - g^2/2 score] dt + g dw, backwards in time by h, with score = -(x + (1-t) v) / t."""
     h = t - s
@@ -104,7 +107,7 @@ def test_flow_is_euler_maruyama_of_the_sde(t, s):
 
 
 @pytest.mark.parametrize("sde", ["ode", "flow", "cps"])
-@pytest.mark.parametrize("t,s", [(1.0, 0.9), (0.5, 0.2), (0.1, 0.0)])
+@STEPS
 def test_without_noise_a_step_is_eulers(sde, t, s):
     """Noise level 0 gives x - h v."""
     assert sde_coefficients(sde, t, s, 0.0, 0.9) == pytest.approx(
