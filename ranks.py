@@ -17,7 +17,7 @@ from einops import rearrange
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from common import ConfigError
+from common import ConfigError, loading
 
 RANK = int(os.environ.get("RANK", 0))  # as torchrun sets them
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -29,14 +29,10 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device: {name}; expected auto, cpu, cuda or cuda:1") from error
-    if device.type == "cuda":
-        if device.index >= torch.cuda.device_count():
-            raise ConfigError(f"device: {name}; this machine has {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(device)  # Triton launches on the current one
+    with loading(f"device: {name}"):
+        torch.empty(0, device=name)  # is there such a device?
+    if name.startswith("cuda"):
+        torch.cuda.set_device(name)  # Triton launches on the current one
     return name
 
 
@@ -70,9 +66,8 @@ def all_sum(tensor):
 
 def sum_figures(figures):
     """{name: this rank's part} -> {name: sum over the ranks}"""
-    return dict(
-        zip(figures, all_sum(torch.tensor(list(figures.values()), dtype=torch.float64)).tolist())
-    )
+    total = all_sum(torch.tensor([*figures.values()], dtype=torch.float64))
+    return dict(zip(figures, total.tolist()))
 
 
 def from_rank_0(figures):
@@ -90,12 +85,12 @@ def gather(values, P):
 
 
 def sum_gradients(parameters):
-    """p.grad summed over the ranks, in one buffer"""
+    """p.grad summed over the ranks: one call for each tensor of a LoRA, which are small"""
     if WORLD > 1:
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        total = all_sum(torch.cat([grad.flatten() for grad in grads]))
-        for p, grad in zip(parameters, total.split([p.numel() for p in parameters])):
-            p.grad = grad.view_as(p)
+        for p in parameters:
+            if p.grad is None:  # as where none of this rank's rewrites counts
+                p.grad = torch.zeros_like(p)
+            all_sum(p.grad)
 
 
 def shard(transformer, device_type):

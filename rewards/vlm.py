@@ -3,29 +3,33 @@
     kind: rewards/vlm.py:Vlm         model: a folder or Hub repository of an AutoModelForImageTextToText
     kind: rewards/vlm.py:Endpoint    model: its name at an OpenAI-compatible server (vLLM, SGLang, ...)
 
-The score is read off the answer's first token, not parsed from its text. With l_w the log-prob of word w,
+The score is read off the answer's first token, not parsed from its text. With p_w the probability of token w,
 
-    P(real) = sigmoid(logsumexp of l_w over spellings of `real` - logsumexp of l_w over spellings of `fake`)
+    P(real) = R / (R + F)    R: sum of p_w over the tokens that say `real`, F: over those that say `fake`
 
-which is graded where a word would be 0 or 1. RealGen has means of two logits in place of each logsumexp.
-`{prompt}` in the question becomes the user's words. bench.py's judges are the same classes, by `reply`.
+which is graded where a word would be 0 or 1. A token says a word in any case and with or without a space, as
+vocabularies keep "real", " real" and "Real" apart. RealGen has the sigmoid of a difference of mean logits in
+place of it. bench.py's judges are the same classes, by `reply`.
 """
 
 import asyncio
 import base64
+import math
 import os
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from dataclasses import KW_ONLY, InitVar, dataclass
+from functools import partial
 
 import httpx2  # what openai and huggingface_hub send their requests with
+import openai
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from common import ConfigError, check_folder, load_model, loading
-from reward import as_file, encode, fake_real, frozen, p_real, to_pil
+from reward import encode, fake_real, frozen, p_real, to_pil
 
 QUESTION = (
     "Is this picture a photograph that a camera took, or was it made by an image generator? "
@@ -33,84 +37,82 @@ QUESTION = (
 )
 
 
-def spellings(words):
-    """A word or a list -> each as written, lower, Capitalised and UPPER, with and without a leading space"""
-    words = [words] if isinstance(words, str) else words
-    cased = {case(word) for word in words for case in (str, str.lower, str.capitalize, str.upper)}
-    return cased | {" " + word for word in cased}  # vocabularies keep "real" and " real" apart
+@dataclass(kw_only=True)
+class Asked:
+    """What either kind is asked, and the answers that count. ConfigError: a word of both sides."""
+
+    question: str = QUESTION  # {prompt} in it becomes the user's words
+    real: str = "real"  # the answer, or several with spaces between them
+    fake: str = "fake"
+
+    def __post_init__(self):
+        self.needs_prompt = "{prompt}" in self.question
+        self.words = [set(side.lower().split()) for side in (self.fake, self.real)]
+        if set.intersection(*self.words):
+            raise ConfigError("args: real and fake share a word; expected other words")
+
+    def questions(self, images, prompts):
+        """images (B,3,H,W), B texts -> B lists of one PIL picture, B questions"""
+        pictures = [[picture] for picture in to_pil(images)]
+        return pictures, [self.question.replace("{prompt}", prompt) for prompt in prompts]
+
+    def sides(self, tokens):
+        """Texts of tokens -> [numbers of those that say `fake`, numbers of those that say `real`]"""
+        said = [token.strip().lower() for token in tokens]
+        return [[i for i, word in enumerate(said) if word in words] for words in self.words]
 
 
-def check_apart(real, fake):
-    """ConfigError where a spelling, or its token, would count for both sides"""
-    if set(real) & set(fake):
-        raise ConfigError("args: real and fake share a spelling; expected other words")
+def message(kind, shown, text):
+    """Pictures, in the form of their kind, and a text -> a chat of one message"""
+    content = [{"type": kind, kind: picture} for picture in shown]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
 
 # ---------------------------------------------------------------- a local model
 
 
-def picture_processor(model):
+def picture_processor(model, config):
     """AutoProcessor without its video part, which would need torchvision and which pictures do not"""
-    stock = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(model))]
+    stock = PROCESSOR_MAPPING[type(config)]
     parts = [name for name in stock.get_attributes() if "video" not in name]
     processor = type(stock.__name__, (stock,), {"get_attributes": classmethod(lambda _: parts)})
     return processor.from_pretrained(model)
 
 
-class Vlm:
-    """An image-text model on this machine.
+@dataclass
+class Vlm(Asked):
+    """An image-text model on this machine. ConfigError: no such model or dtype, no token that says a word."""
 
-    real, fake: the answers, a word or several. dtype: of the weights, float32 or bfloat16. jpeg: quality of
-    a round trip of every picture, 0 for none. ConfigError: no such model, no chat template, no word that is
-    one token.
-    """
+    model: InitVar[str]
+    device: InitVar[str] = "cpu"
+    _: KW_ONLY
+    dtype: str = "float32"  # of the weights; bfloat16 takes half the memory
 
-    def __init__(
-        self, model, device="cpu", *, question=QUESTION, real="real", fake="fake", dtype="float32", jpeg=0
-    ):
-        if dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"args.dtype: {dtype!r}; expected float32 or bfloat16")
+    def __post_init__(self, model, device):
+        super().__post_init__()
         check_folder(model, "config.json")
-        weights = load_model(AutoModelForImageTextToText, model, dtype=getattr(torch, dtype))
-        self.model = frozen(weights, device)
+        self.model = frozen(load_model(AutoModelForImageTextToText, model, dtype=self.dtype), device)
         with loading(model):
-            self.processor = picture_processor(model)
-        if not self.processor.chat_template:
-            raise ConfigError(f"{model} has no chat template; expected an instruction-tuned image-text model")
-        self.processor.tokenizer.padding_side = "left"  # so that every row's last position is its last token
-        self.real = self.tokens(real)
-        self.fake = self.tokens(fake)
-        check_apart(self.real, self.fake)
-        self.question = question
-        self.needs_prompt = "{prompt}" in question
-        self.jpeg = jpeg
-
-    def tokens(self, words):
-        """Ids of the spellings that are one token"""
+            self.processor = picture_processor(model, self.model.config)
         tokenizer = self.processor.tokenizer
-        ids = [tokenizer.encode(word, add_special_tokens=False) for word in spellings(words)]
-        found = {i[0] for i in ids if len(i) == 1} - set(tokenizer.all_special_ids)
-        if not found:
-            raise ConfigError(f"args: no spelling of {words!r} is one token; expected other words")
-        return sorted(found)
+        tokenizer.padding_side = "left"  # so that every row's last position is its last token
+        self.columns = self.sides(tokenizer.batch_decode([[i] for i in range(len(tokenizer))]))
+        if not all(self.columns):
+            raise ConfigError("args: no token says real, or none says fake; expected other words")
 
     def inputs(self, pictures, texts):
         """B lists of PIL pictures, B texts, each pair one message of a user -> inputs of the model, padded"""
-        chats = []
-        for shown, text in zip(pictures, texts):
-            content = [{"type": "image"}] * len(shown) + [{"type": "text", "text": text}]
-            chat = [{"role": "user", "content": content}]
-            chats.append(self.processor.apply_chat_template(chat, add_generation_prompt=True))
-        inputs = self.processor(text=chats, images=pictures, padding=True, return_tensors="pt")
+        chats = [message("image", shown, text) for shown, text in zip(pictures, texts)]
+        options = dict(tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
+        inputs = self.processor.apply_chat_template(chats, processor_kwargs={"padding": True}, **options)
         return inputs.to(self.model.device, self.model.dtype)
 
     def logits(self, images, prompts):
         """images (B,3,H,W), B texts -> (B, 2), [fake, real], with grad in the weights"""
-        pictures = [[picture] for picture in to_pil(as_file(images, self.jpeg))]
-        texts = [self.question.replace("{prompt}", prompt) for prompt in prompts]
+        inputs = self.inputs(*self.questions(images, prompts))
         # the logits of one position, because those of all are gigabytes with a vocabulary of 150,000
-        logits = self.model(**self.inputs(pictures, texts), logits_to_keep=1).logits[:, -1]  # (B, V)
-        return fake_real(logits.float(), self.fake, self.real)
+        logits = self.model(**inputs, logits_to_keep=1).logits[:, -1]  # (B, V)
+        return fake_real(logits.float(), *self.columns)
 
     def __call__(self, images, prompts):
         return p_real(self.logits(images, prompts))  # (B,)
@@ -119,7 +121,7 @@ class Vlm:
         """The greedy answer, at most 256 tokens, to PIL pictures and a text in one message"""
         inputs = self.inputs([pictures], [text])
         ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=256)  # (1, L)
-        return self.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return self.processor.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
 
 
 # ---------------------------------------------------------------- a server
@@ -148,108 +150,79 @@ def authorization(variable):
 class Bounded(httpx2.AsyncHTTPTransport):
     """One request and its answer, within bounds that the openai package leaves open.
 
-    seconds  for the whole of it. httpx counts from byte to byte: a server that drips would hold us for ever.
-    bytes    1 MiB as they travel. Nothing is decompressed, so a small bomb stays small. An answer that is cut
-             there is no JSON any more. Of an error's body nothing is read.
     headers  go out by name: the package would add the organisation, and whatever else stands in the user's
              environment. One comes in: so there is no place to be redirected to, and no cookie.
+    bytes    1 MiB as they travel. Nothing is decompressed, so a small bomb stays small. An answer that is cut
+             there is no JSON any more. Of an error's body nothing is kept.
     """
 
-    def __init__(self, seconds, headers):
+    def __init__(self, headers):
         super().__init__()  # and no proxy of the environment
-        self.seconds = seconds
         self.headers = headers
 
     async def handle_async_request(self, request):
         names = ("host", "user-agent", "content-type", "content-length")
         request.headers = httpx2.Headers({n: request.headers[n] for n in names} | self.headers)
+        response = await super().handle_async_request(request)
         body = b""
-        try:
-            async with asyncio.timeout(self.seconds):
-                response = await super().handle_async_request(request)
-                async with aclosing(response.stream) as parts:
-                    async for part in parts:
-                        if response.status_code != 200 or len(body) > 2**20:
-                            break
-                        body += part
-        except TimeoutError:
-            raise httpx2.ReadTimeout("deadline")  # which the package knows and tries again
-        wait = response.headers.get("retry-after", "")
-        headers = {"content-type": "application/json", "retry-after": wait}
+        async for part in response.stream:
+            if response.status_code != 200 or len(body) > 2**20:
+                break
+            body += part
+        await response.aclose()
+        headers = {"content-type": "application/json", "retry-after": response.headers.get("retry-after", "")}
         return httpx2.Response(response.status_code, headers=headers, content=body)
 
 
-class Endpoint:
+@dataclass
+class Endpoint(Asked):
     """A model behind base_url/chat/completions of an OpenAI-compatible server; P(real) needs its log-probs.
 
-    key: the *name* of the environment variable that holds the API key, "" sends none. question, real, fake:
-    as Vlm has them. jpeg: pictures travel as JPEG of this quality, or as PNG where it is 0. timeout: seconds
-    of an attempt. retries: after 408, 409, 429, 5xx, a time-out or no connection, with the waits of openai's
-    package. What then still fails raises NoAnswer. concurrency: requests at a time.
+    Asks again after 408, 409, 429, 5xx, a time-out or no connection, with the waits of openai's package. What
+    then still fails raises NoAnswer.
     """
 
-    def __init__(
-        self,
-        model,
-        device="cpu",  # as every kind has it; the server has its own
-        *,
-        base_url,
-        key="",
-        question=QUESTION,
-        real="real",
-        fake="fake",
-        jpeg=0,
-        timeout=60,
-        retries=4,
-        concurrency=8,
-    ):
-        import openai
+    model: str
+    device: str = "cpu"  # as every kind has it; the server has its own
+    _: KW_ONLY
+    base_url: str
+    key: str = ""  # *name* of the environment variable that holds the API key; "" sends none
+    timeout: float = 60  # seconds that an attempt may be silent, and a question has for each attempt
+    retries: int = 4
+    concurrency: int = 8  # requests at a time
 
-        address = re.fullmatch(ADDRESS, base_url)
+    def __post_init__(self):
+        super().__post_init__()
+        address = re.fullmatch(ADDRESS, self.base_url)
         if not address:
             raise ConfigError("args.base_url: expected http(s)://host:port/path, no user, password or query")
         self.host = address[1]
-        self.name = model
-        self.question = question
-        self.needs_prompt = "{prompt}" in question
-        self.real = spellings(real)
-        self.fake = spellings(fake)
-        check_apart(self.real, self.fake)
-        self.jpeg = jpeg
-        self.timeout = timeout
-        self.concurrency = concurrency
-        http = httpx2.AsyncClient(transport=Bounded(timeout, authorization(key)), follow_redirects=False)
-        options = dict(max_retries=retries, timeout=timeout, http_client=http)
-        self.client = openai.AsyncOpenAI(base_url=base_url, api_key="none", **options)
+        http = httpx2.AsyncClient(transport=Bounded(authorization(self.key)))
+        self.client = openai.AsyncOpenAI(
+            base_url=self.base_url,
+            api_key="none",  # Bounded has the key
+            max_retries=self.retries,
+            timeout=self.timeout,
+            http_client=http,
+        )
         # asyncio, because it can give up a request at any point; a thread that waits for a socket cannot
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
 
     def ask(self, read, pictures, text, **options):
-        """PIL pictures and a text in one message -> read(first choice of the answer). Threads may call it."""
-        import openai
-
-        kind = "jpeg" if self.jpeg else "png"
-        content = []
-        for picture in pictures:
-            data = base64.b64encode(encode(picture, self.jpeg)).decode()
-            url = {"url": f"data:image/{kind};base64,{data}"}
-            content.append({"type": "image_url", "image_url": url})
-        content.append({"type": "text", "text": text})
-        messages = [{"role": "user", "content": content}]
-        request = self.client.chat.completions.create(model=self.name, messages=messages, **options)
+        """PIL pictures and a text in one message -> read(first choice of the answer); threads may call it"""
+        files = [base64.b64encode(encode(picture, 0)).decode() for picture in pictures]  # PNG
+        chat = message("image_url", [{"url": f"data:image/png;base64,{file}"} for file in files], text)
+        request = self.client.chat.completions.create(model=self.model, messages=chat, **options)
+        # httpx counts from byte to byte: a server that drips would hold us for ever
+        bounded = asyncio.wait_for(request, self.timeout * (1 + self.retries))
         try:
-            return read(asyncio.run_coroutine_threadsafe(request, self.loop).result().choices[0])
-        except openai.APIStatusError as error:
-            cause = f"HTTP {error.status_code}"
-        except openai.APITimeoutError:
-            cause = f"no answer within {self.timeout:g} seconds"
-        except openai.APIConnectionError:
-            cause = "no connection"
+            return read(asyncio.run_coroutine_threadsafe(bounded, self.loop).result().choices[0])
         except Exception as error:  # what a server may send in place of an answer has no common kind
-            cause = f"unreadable answer ({type(error).__name__})"
-        # not in the clauses above: what they caught would be chained to it
-        raise NoAnswer(f"{self.host}, model {self.name}: {cause}")
+            status = getattr(error, "status_code", "")
+            cause = f"HTTP {status}" if status else type(error).__name__
+        # not in the clause above: what it caught, a server's words among it, would be chained to this
+        raise NoAnswer(f"{self.host}, model {self.model}: no answer that can be read: {cause}")
 
     def map(self, function, *items):
         """function of each item, in order, `concurrency` of them at a time; the first exception ends it"""
@@ -259,31 +232,20 @@ class Endpoint:
     def read_real(self, choice):
         """P(real) from the likeliest first tokens; a side that is not listed counts as the least of them"""
         listed = choice.logprobs.content[0].top_logprobs
-        log_probs = torch.tensor([[token.logprob for token in listed]])  # (1, 20)
-        words = [token.token.strip().lower() for token in listed]
-        real = [i for i, word in enumerate(words) if word in self.real]
-        fake = [i for i, word in enumerate(words) if word in self.fake]
-        if not real + fake:
+        p = [math.exp(token.logprob) for token in listed]
+        sides = self.sides(token.token for token in listed)
+        if not any(sides):
             raise LookupError("neither real nor fake")  # and not 0.5, which would look like a score
-        least = [log_probs.argmin().item()]
-        return p_real(fake_real(log_probs, fake or least, real or least)).item()
+        fake, real = (sum(p[i] for i in side) or min(p) for side in sides)
+        return real / (real + fake)
 
     def __call__(self, images, prompts):
-        options = dict(max_tokens=1, temperature=0, logprobs=True, top_logprobs=20)
+        ask = partial(self.ask, self.read_real, max_tokens=1, temperature=0, logprobs=True, top_logprobs=20)
+        return torch.tensor(self.map(ask, *self.questions(images, prompts)))  # (B,)
 
-        def ask(picture, prompt):
-            return self.ask(self.read_real, [picture], self.question.replace("{prompt}", prompt), **options)
-
-        return torch.tensor(self.map(ask, to_pil(images), prompts))  # (B,)
-
-    def reply(self, pictures, text, **options):
+    def reply(self, pictures, text):
         """The answer to PIL pictures and a text in one message, at most 4,000 characters
 
-        options: as max_tokens=256, which is not sent by default: OpenAI's reasoning models refuse it.
+        Its length is not asked for: OpenAI's reasoning models refuse max_tokens.
         """
-
-        def read_text(choice):
-            text = (choice.message.content or "")[:4000]
-            return text.encode(errors="replace").decode()  # lone surrogates could not be written to a file
-
-        return self.ask(read_text, pictures, text, **options)
+        return self.ask(lambda choice: (choice.message.content or "")[:4000], pictures, text)

@@ -12,12 +12,14 @@ sys.path.insert(0, str(ROOT))
 import pytest
 import torch
 import yaml
+from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file, save_file
 
 import kernels  # noqa: F401
 
 del os.environ["TRITON_INTERPRET"]  # the others take the plain path
 torch.set_num_threads(1)  # the models are tiny: a second thread would mostly wait
-FLOW = dict(shift=3.0)
+SCHEDULER = FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +76,7 @@ def vae(latent_channels=4):
 
 
 def flux():
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from diffusers import FluxPipeline, FluxTransformer2DModel
 
     clip, clip_tokenizer = clip_text()
     encoder, tokenizer = t5()
@@ -91,12 +93,12 @@ def flux():
         axes_dims_rope=(4, 6, 6),
     )
     return FluxPipeline(
-        FlowMatchEulerDiscreteScheduler(**FLOW), vae(), clip, clip_tokenizer, encoder, tokenizer, transformer
+        SCHEDULER, vae(), clip, clip_tokenizer, encoder, tokenizer, transformer
     )
 
 
 def sd3():
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
     clip, clip_tokenizer = clip_text(True)
     clip2, clip_tokenizer2 = clip_text(True)
@@ -116,7 +118,7 @@ def sd3():
     )
     return StableDiffusion3Pipeline(
         transformer,
-        FlowMatchEulerDiscreteScheduler(**FLOW),
+        SCHEDULER,
         vae(),
         clip,
         clip_tokenizer,
@@ -128,7 +130,7 @@ def sd3():
 
 
 def zimage():
-    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from diffusers import ZImagePipeline, ZImageTransformer2DModel
     from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "nano/refiner")
@@ -157,33 +159,32 @@ def zimage():
         axes_dims=[4, 6, 6],
         axes_lens=[256, 32, 32],
     )
-    return ZImagePipeline(FlowMatchEulerDiscreteScheduler(**FLOW), vae(), encoder, tokenizer, transformer)
+    return ZImagePipeline(SCHEDULER, vae(), encoder, tokenizer, transformer)
+
+
+def qwen_vl(tokenizer, **options):
+    """An image-text model, which is also the text encoder of Qwen-Image"""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        rope_parameters=dict(rope_type="default", mrope_section=[2, 3, 3], rope_theta=1e4),
+    )
+    vision = dict(depth=2, hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=32)
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **options))
 
 
 def qwen():
-    from diffusers import (
-        AutoencoderKLQwenImage,
-        FlowMatchEulerDiscreteScheduler,
-        QwenImagePipeline,
-        QwenImageTransformer2DModel,
-    )
-    from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "nano/refiner")
-    encoder = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            text_config=dict(
-                vocab_size=len(tokenizer),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                rope_parameters=dict(rope_type="default", mrope_section=[2, 3, 3], rope_theta=1e4),
-            ),
-            vision_config=dict(depth=1, hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=32),
-        )
-    )
+    encoder = qwen_vl(tokenizer)
     transformer = QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=16,
@@ -203,7 +204,7 @@ def qwen():
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )
-    return QwenImagePipeline(FlowMatchEulerDiscreteScheduler(**FLOW), autoencoder, encoder, tokenizer, transformer)
+    return QwenImagePipeline(SCHEDULER, autoencoder, encoder, tokenizer, transformer)
 
 
 BUILDERS = {"flux": flux, "sd3": sd3, "zimage": zimage, "qwen": qwen}
@@ -253,6 +254,19 @@ def tiny_generator(checkpoints):
         return gen
 
     return make
+
+
+def damage(file, kind):
+    """A .safetensors, of which one tensor becomes what libraries pass in silence: they fill in and skip names."""
+    weights = load_file(file)
+    name, tensor = weights.popitem()
+    instead = {
+        "missing": {},
+        "unexpected": {name: tensor, "extra": tensor.clone()},
+        "renamed": {f"{name}.other": tensor},
+        "not finite": {name: tensor / 0},
+    }
+    save_file(weights | instead[kind], file, {"format": "pt"})
 
 
 REWARDS = """

@@ -19,7 +19,6 @@ import grpo
 import learner
 from common import ConfigError
 
-torch.set_num_threads(1)
 STAGES = """stages=[
     {train: refiner, steps: 2, prompts: 2, rewrites: 2, keep_original: false, images: 1},
     {train: generator, steps: 2, prompts: 2, images: 2},

@@ -10,8 +10,8 @@ from unittest.mock import Mock, call
 import numpy as np
 import pytest
 import torch
+from conftest import damage
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForImageClassification, CLIPConfig, CLIPModel
 
@@ -106,12 +106,6 @@ def test_kid_is_its_definition():
     assert R.kid(x, y) == pytest.approx(want)
 
 
-def test_kid_of_two_halves_of_one_distribution_is_zero_on_average():
-    """Within three standard errors."""
-    values = [R.kid(*torch.randn(2, 50, 8)) for _ in range(100)]
-    assert abs(np.mean(values)) < 3 * np.std(values) / 10
-
-
 # ---------------------------------------------------------------- kinds
 
 
@@ -140,19 +134,11 @@ def test_a_classifier_is_p_real_by_the_names_of_its_labels(folder):
         relabelled("falsch", "echt")
 
 
-@pytest.mark.parametrize("damage", ["missing", "unexpected", "not finite"])
-def test_weights_that_are_not_whole_are_refused(folder, damage):
+@pytest.mark.parametrize("kind", ["missing", "unexpected", "not finite"])
+def test_weights_that_are_not_whole_are_refused(folder, kind):
     """Libraries fill in random ones."""
-    file = folder / "model.safetensors"
-    weights = load_file(file)
-    if damage == "missing":
-        weights.popitem()
-    elif damage == "unexpected":
-        weights["extra"] = torch.ones(2)
-    else:
-        weights["classifier.bias"] /= 0
-    save_file(weights, file, {"format": "pt"})
-    with pytest.raises(ConfigError, match=f"{folder}.*{damage}"):
+    damage(folder / "model.safetensors", kind)
+    with pytest.raises(ConfigError, match=f"{folder}.*{kind}"):
         make("classifier", folder)
 
 
@@ -279,14 +265,6 @@ def test_a_mistyped_config_is_named(mine, kind, options, message):
         kind = mine(kind)
     with pytest.raises(ConfigError, match=message):
         make(kind, **options)
-
-
-def test_null_drops_a_reward():
-    """And rewards without any weight optimise nothing."""
-    cfg = R.RewardsConfig(train={"a": R.RewardConfig(weight=0.0), "b": None})
-    assert list(cfg.train) == ["a"]
-    with pytest.raises(ConfigError, match="weights sum to 0"):
-        cfg.check()
 
 
 # ---------------------------------------------------------------- score
