@@ -57,7 +57,7 @@ class GeneratorConfig:
     width: int = bounded("positive", 64)
     num_steps: int = bounded("positive", 10)
     call: dict[str, Any] = field(default_factory=dict)
-    sde: Literal["cps", "flow", "ode"] = "cps"
+    sde: Literal["cps", "flow"] = "cps"
     noise_level: float = bounded("positive", 0.8)
     window: int = bounded("positive", 2)
     lora_rank: int = bounded("positive", 16)
@@ -71,7 +71,7 @@ class GeneratorConfig:
     gradient_checkpointing: bool = False
 
     def check(self):
-        if self.sde != "ode" and self.window >= self.num_steps:
+        if self.window >= self.num_steps:
             raise ConfigError(
                 f"generator.window: {self.window}; expected less than num_steps, {self.num_steps}, "
                 "because the last step is never stochastic"
@@ -201,8 +201,6 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
 
 class Generator:
     """A diffusers pipeline with a LoRA: `rollout` draws and records, `terms` replays with gradients."""
-
-    figures = ("loss", "kl", "clip_fraction")
 
     def __init__(
         self, cfg, device="cpu", dtype=torch.float32, micro_batch=32, offload=False, shard=None

@@ -45,18 +45,14 @@ def load_pipeline(cfg, dtype):
     for name, part in pipe.components.items():
         if name.startswith("tokenizer") and part is not None:
             check_tokenizer(f"{cfg.model}/{name}", part)
-    if (
-        type(pipe.scheduler) is not FlowMatchEulerDiscreteScheduler
-        or "transformer" not in pipe.components
-    ):
-        found = f"{type(pipe).__name__} that samples with {type(pipe.scheduler).__name__}"
+    sampler = type(pipe.scheduler)
+    # one that adds noise of its own cannot be replayed
+    noisy = pipe.scheduler.config.get("stochastic_sampling")
+    if sampler is not FlowMatchEulerDiscreteScheduler or noisy or not hasattr(pipe, "transformer"):
+        found = f"{type(pipe).__name__} with {sampler.__name__}"
         raise ConfigError(
             f"generator.model: {cfg.model} is a {found}; expected a transformer and "
-            "FlowMatchEulerDiscreteScheduler"
-        )
-    if pipe.scheduler.config.get("stochastic_sampling"):
-        raise ConfigError(
-            f"generator.model: {cfg.model} has stochastic_sampling, which cannot be replayed"
+            "FlowMatchEulerDiscreteScheduler without stochastic_sampling"
         )
     with loading("generator.call"):
         inspect.signature(pipe.__call__).bind_partial(**dict.fromkeys(OURS), **cfg.call)
