@@ -36,6 +36,7 @@ def loading(path):
 
 # ---------------------------------------------------------------- bounds
 
+# A bound is a word here and at the field, so that an error can say in words what was expected.
 BOUNDS = {
     "positive": (lambda x: x > 0, "above 0"),
     "natural": (lambda x: x >= 0, "0 or more"),
@@ -91,11 +92,13 @@ def rng(use, *numbers):
 
 
 def check_folder(path, file):
-    """ConfigError for a local folder without `file`, and for what is neither a folder nor a Hub's name."""
+    """ConfigError for a local folder without `file`, and for what is neither a folder nor a Hub's name.
+
+    A mistyped folder would else be looked for on the Hub, with 40 seconds of retries.
+    """
     local = Path(path)
     if local.exists() and not (local / file).is_file():
         raise ConfigError(f"{path} has no {file}; expected a folder of save_pretrained")
-    # before 40 seconds of retries
     if not local.exists() and (len(local.parts) != 2 or Path(local.parts[0]).exists()):
         raise ConfigError(
             f"{path} is no folder; expected one of save_pretrained, or a Hub repository owner/name"
@@ -116,7 +119,7 @@ def load_model(cls, path, **options):
 
 
 def check_finite(path, tensors):
-    """ConfigError for {name: tensor} that holds NaN or infinity"""
+    """ConfigError for {name: tensor} that holds NaN or infinity: it would spread to all that it meets."""
     bad = [
         name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()
     ]
@@ -125,7 +128,10 @@ def check_finite(path, tensors):
 
 
 def check_adapter(file, expected):
-    """ConfigError unless an adapter's file holds just the `expected` {name: tensor}, all finite."""
+    """ConfigError unless an adapter's file holds just the `expected` {name: tensor}, all finite.
+
+    The libraries skip names that they do not know and leave what is missing as it was initialised.
+    """
     with loading(file):
         found = load_file(file)
     wrong = set(found) ^ set(expected) or {

@@ -29,7 +29,8 @@ from tqdm import tqdm
 import ranks
 from common import ConfigError, check_finite, loading
 
-# what the line of a step shows: figures whose names begin so; the others stand in metrics.jsonl
+# What the line of a step shows: figures whose names begin so. The others, loss and clip fraction among them,
+# say little at a glance and stand in metrics.jsonl.
 SHOWN = (
     "rewards/",
     "generator/kl",
@@ -40,7 +41,8 @@ SHOWN = (
     "detectors/",
     "validation/",
 )
-# what a resumed run may change: where it runs, what it shows, and what only the bench reads
+# What a resumed run may change: where it runs, what it shows, and what only the bench reads. Everything else
+# decides the result, and a mixture of two configs would be a result that nobody can repeat.
 FREE = {
     "out",
     "resume",
@@ -56,7 +58,11 @@ FREE = {
 
 @contextmanager
 def lock(cfg):
-    """Inside, the folder is ours. One that is in use is never overwritten."""
+    """Inside, the folder is ours. One that is in use is never overwritten.
+
+    The lock is the system's, and a process that was killed has let go of it, so nobody has to delete a file
+    after a crash.
+    """
     out = Path(cfg.out)
     if ranks.RANK:  # rank 0 writes and prints
         sys.stdout = open(os.devnull, "w")
@@ -68,7 +74,6 @@ def lock(cfg):
         )
     out.mkdir(parents=True, exist_ok=True)
     try:
-        # the system's lock, not the file itself: one that was killed has let go of it
         with filelock.FileLock(out / "run.lock", blocking=False):
             yield
     except filelock.Timeout:
@@ -81,7 +86,7 @@ def lock(cfg):
 
 
 def flat(row, prefix=""):
-    """{"rewards": {"semantic": r}} -> {"rewards/semantic": r}"""
+    """{"rewards": {"semantic": r}} -> {"rewards/semantic": r}, as trackers name what belongs together"""
     result = {}
     for key, value in row.items():
         if isinstance(value, dict):
@@ -92,7 +97,10 @@ def flat(row, prefix=""):
 
 
 class Log:
-    """metrics.jsonl, a line a step for people, the progress bar and, where `log` names one, a tracker."""
+    """metrics.jsonl, a line a step for people, the progress bar and, where `log` names one, a tracker.
+
+    Every rank has one and calls it alike; that of rank 0 writes.
+    """
 
     def __init__(self, run, rows):
         """rows: those of a resumed run, which are written again"""
@@ -108,6 +116,7 @@ class Log:
             return
         for folder in ("samples", "checkpoint"):  # now: a start that failed has left nothing
             (self.out / folder).mkdir(exist_ok=True)
+        # resolved: with profile and words in it, so that it alone says what ran
         OmegaConf.save(OmegaConf.create(asdict(cfg)), self.out / "config.yaml")
         self.file = open(self.out / "metrics.jsonl", "w")
         # rows after the checkpoint are forgotten: their steps are taken again
@@ -134,7 +143,7 @@ class Log:
         row = json.loads(json.dumps(row), parse_constant=lambda _: None)  # JSON knows no NaN
         self.rows.append(row)
         self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        self.file.flush()  # a row is there for `tail -f`, and after a kill
         figures = flat(row)
         if self.tracker:
             self.tracker.log(figures, step=row["step"])
@@ -144,7 +153,7 @@ class Log:
             if name.startswith(SHOWN) and value is not None
         ]
         self.say(f"step {row['step']:4d} {row['stage']}: " + ", ".join(parts))
-        self.bar.update("reward" in row)
+        self.bar.update("reward" in row)  # not by the row of a stage's end, which only looks
         for name in ("generator", "refiner"):
             # None is a NaN or infinity, and its update was left out; once may be chance
             norms = [row[name]["grad_norm"] for row in self.rows if name in row][-3:]
@@ -154,6 +163,7 @@ class Log:
                 )
 
     def close(self):
+        """After an error too, so that a tracker does not show a dead run as one at work"""
         memory = f"Peak memory {peak_memory():.1f} GiB"
         self.say(f"{self.seconds():.0f} seconds. {memory}. Wrote {self.out}/")
         self.bar.close()
@@ -172,7 +182,7 @@ def peak_memory():
 
 
 def checkpoints(out):
-    """The checkpoints of a run, newest first"""
+    """The checkpoints of a run, newest first: their names are turns, with zeros in front"""
     return sorted((Path(out) / "checkpoint").glob("*.pt"), reverse=True)
 
 
@@ -185,7 +195,10 @@ def identity(cfg):
 
 
 def save_checkpoint(cfg, state, progress):
-    """One file, written beside and renamed, so that each *.pt is whole; the last two stay."""
+    """One file, written beside and renamed, so that each *.pt is whole; the last two stay.
+
+    All ranks hold the same bits of what trains, so that rank 0's file is the checkpoint of all.
+    """
     if ranks.RANK == 0:
         folder = Path(cfg.out) / "checkpoint"
         # A kill leaves the old ones, or the new one too: rename is atomic, and fsync puts the bytes
@@ -200,7 +213,11 @@ def save_checkpoint(cfg, state, progress):
 
 
 def load_checkpoint(cfg, restore):
-    """restore(state) of the newest checkpoint that can be read -> its progress"""
+    """restore(state) of the newest checkpoint that can be read -> its progress
+
+    A disk that was full or a machine that lost power may have damaged the newest: the one before costs some
+    steps, a training on garbage costs the run.
+    """
     for path in checkpoints(cfg.out):
         try:
             with loading(path):

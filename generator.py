@@ -21,7 +21,7 @@ would see. Log-probs are means over latent dimensions (nats per dimension), neve
 
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,11 +92,16 @@ class Step:
 
 
 def join(parts):
-    """The same step of each micro-batch -> the Step of the whole batch"""
-    x = torch.cat([part.x for part in parts])
-    x_next = torch.cat([part.x_next for part in parts])
-    v = torch.cat([part.v for part in parts])
-    return Step(parts[0].index, parts[0].coefficients, x, x_next, v)
+    """The same step of each micro-batch -> the Step of the whole batch
+
+    Place and coefficients are those of the window, the same in all.
+    """
+    return replace(
+        parts[0],
+        x=torch.cat([part.x for part in parts]),
+        x_next=torch.cat([part.x_next for part in parts]),
+        v=torch.cat([part.v for part in parts]),
+    )
 
 
 @dataclass

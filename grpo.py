@@ -264,8 +264,7 @@ class Run:
             self.policies["refiner"] = self.refiner
         shape = (cfg.generator.height, cfg.generator.width)
         photos, _ = read_photos(cfg.validation_photos, shape)  # (n, 3, H, W)
-        with loading(f"rewards.kid, kid_layer {cfg.rewards.kid_layer}"):
-            self.photo_features = self.features(self.real(photos))  # (n, D)
+        self.photo_features = self.features(self.real(photos))  # (n, D)
         self.optimizers = {}
         self.learners = {}
         if train:

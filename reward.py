@@ -138,9 +138,8 @@ def as_file(images, jpeg):
     """
     if not jpeg:
         return images
-    # (B,H,W,3) u8
-    pixels = np.stack([np.array(Image.open(io.BytesIO(encode(p, jpeg)))) for p in to_pil(images)])
-    return torch.from_numpy(pixels).to(images.device).permute(0, 3, 1, 2).float() / 255  # (B,3,H,W)
+    files = [io.BytesIO(encode(picture, jpeg)) for picture in to_pil(images)]
+    return torch.stack([read_image(file) for file in files]).to(images.device)  # (B,3,H,W)
 
 
 def read_image(path, shape=None):
@@ -183,15 +182,12 @@ class Preprocess:
     def __init__(self, model):
         with loading(model):
             values, _ = ImageProcessingMixin.get_image_processor_dict(model)
-            pixels = values.get("crop_size") or values["size"]
-            self.pixels = (
-                pixels
-                if isinstance(pixels, int)
-                else pixels.get("height") or pixels["shortest_edge"]
-            )
-            self.mode = (
-                "bilinear" if values.get("resample") == Image.Resampling.BILINEAR else "bicubic"
-            )
+            size = values.get("crop_size") or values["size"]
+            if isinstance(size, dict):  # older ones hold the number alone
+                size = size.get("height") or size["shortest_edge"]
+            bilinear = values.get("resample") == Image.Resampling.BILINEAR
+            self.pixels = size
+            self.mode = "bilinear" if bilinear else "bicubic"
             self.mean = torch.tensor(values["image_mean"]).view(3, 1, 1)
             self.std = torch.tensor(values["image_std"]).view(3, 1, 1)
 

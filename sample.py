@@ -25,7 +25,7 @@ from reward import load_rewards, read_image, score, to_pil
 
 
 def with_lora(policy, folder):
-    """The policy with the LoRA of a run, where the run has left one"""
+    """The policy with the LoRA of a run, where the run has left one; told, or base would pass for trained"""
     if folder.is_dir():
         policy.load(folder)
     else:
@@ -47,11 +47,11 @@ def draw(cfg, prompts):
         refiner = with_lora(Refiner(cfg.refiner, *place), out / "refiner")
         texts, _ = refiner.rollout(prompts, 1, [("sample rewrite", cfg.seed, i) for i in numbers])
     generator = with_lora(Generator(cfg.generator, *place, cfg.offload), out / "generator")
-    # (B, 3, H, W)
+    # (B, 3, H, W), Euler steps: nothing explores here
     images, _ = generator.rollout(texts, [("sample", cfg.seed, i) for i in numbers])
     folder = out / "drawn"
     folder.mkdir(parents=True, exist_ok=True)
-    # earlier pictures stay, whichever of them were deleted
+    # a name that is free: earlier pictures stay, whichever of them were deleted
     names = (folder / f"{i:05d}.png" for i in itertools.count())
     free = (path for path in names if not path.exists())
     for path, picture, prompt, text in zip(free, to_pil(images), prompts, texts):
@@ -72,8 +72,10 @@ def judge(cfg, paths):
     shape = (cfg.generator.height, cfg.generator.width)
     images = torch.stack([read_image(path, shape) for path in paths])  # (B, 3, H, W)
     prompts = [Image.open(path).info.get("prompt", "") for path in paths]
+    # a table with tabs, for a terminal or a spreadsheet
     print("\t".join(["reward", *paths]))
     for name, config in (cfg.rewards.train | cfg.rewards.validation).items():
+        # made anew each time: together they may not fit
         reward = load_rewards({name: config}, ranks.pick_device(cfg.device))
         values = score(reward, images, prompts, cfg.micro_batch)[name].tolist()
         reads_prompt = getattr(reward[name], "needs_prompt", False)
