@@ -235,6 +235,11 @@ def clipped_loss(log_ratio, advantage, low, high):
     return torch.maximum(loss, bound), bound > loss
 
 
+def means(scores):
+    """{name: (B,)} -> {name: number}, for people"""
+    return {name: r.mean().item() for name, r in scores.items()}
+
+
 # ---------------------------------------------------------------- the run
 
 
@@ -296,10 +301,14 @@ class Run:
         chunks = images.split(self.cfg.micro_batch)
         return torch.cat([self.kid_model.features(chunk, layer).cpu() for chunk in chunks])
 
-    def score(self, rewards, images, prompts):
-        """{name: (B,)}; with `offload` each reward visits the GPU in turn"""
+    def score(self, rewards, images, prompts, P=None):
+        """{name: (P*k,)} of this rank's pictures and those of the others, which show P prompts together
+
+        With `offload` each reward visits the GPU in turn.
+        """
         visit = self.device if self.cfg.offload else None
-        return score(rewards, images, prompts, self.cfg.micro_batch, visit)
+        scores = score(rewards, images, prompts, self.cfg.micro_batch, visit)  # {name: (p*k,)}
+        return {name: ranks.gather(r, P) for name, r in scores.items()}
 
     def combine(self, scores):
         """{name: r} -> the mean by weight, for people and for `keep`; training standardises each first"""
@@ -320,15 +329,14 @@ class Run:
         rewrites, images, trajectory = self.rollout(ranks.mine(prompts), stage, iteration)
         # against what the user typed, not what was drawn: a rewrite that drifts off the subject loses
         words = [prompt for prompt in ranks.mine(prompts) for _ in range(N * M)]
-        scores = self.score(self.rewards, images, words)  # {name: (p*N*M,)}
-        scores = {name: ranks.gather(r, P) for name, r in scores.items()}  # {name: (P*N*M,)}
+        scores = self.score(self.rewards, images, words, P)  # {name: (P*N*M,)}
         reward = self.combine(scores).view(P, -1)  # (P, N*M), for people
         spread = reward.std(1)  # (P,)
         row = {
             "reward": reward.mean().item(),
             "reward_std": spread.mean().item(),
             "zero_std": (spread < 1e-6).float().mean().item(),  # groups that teach nothing
-            "rewards": {name: r.mean().item() for name, r in scores.items()},
+            "rewards": means(scores),
         }
         if stage.train != "refiner":
             # A picture is compared with the pictures of its own text. Among all pictures of the prompt, a
@@ -479,17 +487,13 @@ class Run:
         with self.generator.ema_weights():
             images, _ = self.generator.rollout(texts, keys)  # (p*M, 3, H, W)
 
-        def means(rewards):
-            scores = self.score(rewards, images, words)
-            return {name: ranks.gather(r, P).mean().item() for name, r in scores.items()}
-
         # KID beside the detectors: they learned from fakes that resemble those of training, so what fools the
         # training detectors may fool these too. KID asks about texture and colour, and knows no fakes.
-        look = means(self.validation)
+        look = means(self.score(self.validation, images, words, P))
         realism = sum(look.values()) / max(len(look), 1)
         look["kid"] = kid(ranks.gather(self.features(images), P), self.photo_features)
         look["score"] = realism - look["kid"]
-        trained = means(self.rewards)
+        trained = means(self.score(self.rewards, images, words, P))
         look["reward"] = self.combine(trained)
         look |= {f"train_{name}": mean for name, mean in trained.items()}
         # one judgement, so that all keep the same weights
