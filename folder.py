@@ -2,7 +2,7 @@
 
     metrics.jsonl, config.yaml, curves.png, samples/    for people
     generator/, refiner/                                LoRAs of the best look, for stock diffusers and peft
-    checkpoint/<iteration>.<stage>.pt                   for resume=true, to the same result to the bit
+    checkpoint/<turn>.pt                                for resume=true, to the same result to the bit
 
 A checkpoint holds no random generator: all that a step draws follows from (seed, iteration), see
 common.rng.
@@ -29,16 +29,20 @@ from tqdm import tqdm
 import ranks
 from common import ConfigError, check_finite, loading
 
-# what the line of a step shows, besides its look
+# What the line of a step shows: figures whose names begin so. The others, loss and clip fraction among them,
+# say little at a glance and stand in metrics.jsonl.
 SHOWN = (
-    "reward",
+    "rewards/",
     "generator/kl",
     "generator/grad_norm",
     "refiner/kl",
     "refiner/grad_norm",
     "refiner/cue_share",
+    "detectors/",
+    "validation/",
 )
-# what a resumed run may change: where it runs, what it shows, and what only the bench reads
+# What a resumed run may change: where it runs, what it shows, and what only the bench reads. Everything else
+# decides the result, and a mixture of two configs would be a result that nobody can repeat.
 FREE = {
     "out",
     "resume",
@@ -54,7 +58,11 @@ FREE = {
 
 @contextmanager
 def lock(cfg):
-    """Inside, the folder is ours. One that is in use is never overwritten."""
+    """Inside, the folder is ours. One that is in use is never overwritten.
+
+    The lock is the system's, and a process that was killed has let go of it, so nobody has to delete a file
+    after a crash.
+    """
     out = Path(cfg.out)
     if ranks.RANK:  # rank 0 writes and prints
         sys.stdout = open(os.devnull, "w")
@@ -77,20 +85,22 @@ def lock(cfg):
 # ---------------------------------------------------------------- the log
 
 
-def flat(row, separator="/"):
-    """{"rewards": {"semantic": r}} -> {"rewards/semantic": r}"""
+def flat(row, prefix=""):
+    """{"rewards": {"semantic": r}} -> {"rewards/semantic": r}, as trackers name what belongs together"""
     result = {}
     for key, value in row.items():
         if isinstance(value, dict):
-            parts = flat(value, separator)
-            result |= {f"{key}{separator}{name}": part for name, part in parts.items()}
+            result |= flat(value, f"{prefix}{key}/")
         else:
-            result[key] = value
+            result[prefix + key] = value
     return result
 
 
 class Log:
-    """metrics.jsonl, a line a step for people, the progress bar and, where `log` names one, a tracker."""
+    """metrics.jsonl, a line a step for people, the progress bar and, where `log` names one, a tracker.
+
+    Every rank has one and calls it alike; that of rank 0 writes.
+    """
 
     def __init__(self, run, rows):
         """rows: those of a resumed run, which are written again"""
@@ -98,60 +108,52 @@ class Log:
         self.rows = rows
         self.out = Path(cfg.out)
         self.tracker = None
-        if ranks.RANK == 0:
-            for folder in ("samples", "checkpoint"):  # now: a start that failed has left nothing
-                (self.out / folder).mkdir(exist_ok=True)
-        self.file = open(self.out / "metrics.jsonl" if ranks.RANK == 0 else os.devnull, "w")
+        steps = sum(stage.steps for stage in cfg.stages)
+        done = sum("reward" in row for row in rows)  # the others only looked
+        self.bar = tqdm(total=steps, initial=done, desc="train", disable=ranks.RANK > 0)
+        if ranks.RANK:
+            self.file = open(os.devnull, "w")
+            return
+        for folder in ("samples", "checkpoint"):  # now: a start that failed has left nothing
+            (self.out / folder).mkdir(exist_ok=True)
+        # resolved: with profile and words in it, so that it alone says what ran
+        OmegaConf.save(OmegaConf.create(asdict(cfg)), self.out / "config.yaml")
+        self.file = open(self.out / "metrics.jsonl", "w")
         # rows after the checkpoint are forgotten: their steps are taken again
         self.file.writelines(json.dumps(row) + "\n" for row in rows)
-        steps = sum(stage.steps for stage in cfg.stages)
-        done = sum("reward" in row for row in rows)
-        self.bar = tqdm(
-            total=steps, initial=done, desc="train", smoothing=0.1, disable=ranks.RANK > 0
-        )
-        if ranks.RANK == 0:
-            OmegaConf.save(OmegaConf.create(asdict(cfg)), self.out / "config.yaml")
-        if ranks.RANK == 0 and cfg.log:  # wandb and trackio speak the same three calls
+        if cfg.log:  # wandb and trackio speak the same three calls
             with loading(f"log: {cfg.log}"):
                 self.tracker = importlib.import_module(cfg.log)
                 self.tracker.init(project="nanoRealGen", name=cfg.out, config=asdict(cfg))
         libraries = (torch, diffusers, transformers)
-        versions = ", ".join(f"{library.__name__} {library.__version__}" for library in libraries)
-        self.say(
-            f"{versions}; {run.device} x {ranks.WORLD}, {torch.get_num_threads()} threads, {cfg.dtype}"
-        )
-        for name, policy in run.policies.items():
-            lora = sum(p.numel() for p in policy.parameters())
-            self.say(f"{name}: {policy.cfg.model}, LoRA of {lora / 1e6:.2f} M")
-        for stage in cfg.stages:
-            images = f"{stage.prompts} prompts x {stage.texts} texts x {stage.images} images"
-            self.say(f"{stage.train}: {stage.steps} steps of {images}")
+        versions = [f"{library.__name__} {library.__version__}" for library in libraries]
+        self.say(f"{', '.join(versions)}; {run.device} x {ranks.WORLD}, {cfg.dtype}")
 
     def say(self, text):
         """A line above the progress bar"""
         self.bar.write(text)
 
+    def seconds(self):
+        """Since this process began to train; the bar has counted them"""
+        return round(self.bar.format_dict["elapsed"], 3)
+
     def record(self, row):
         """A row of metrics, at its step; ConfigError where a policy has diverged"""
-        row["seconds"] = {name: round(s, 3) for name, s in row["seconds"].items()}
+        row["seconds"] = self.seconds()
         row = json.loads(json.dumps(row), parse_constant=lambda _: None)  # JSON knows no NaN
         self.rows.append(row)
         self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        self.file.flush()  # a row is there for `tail -f`, and after a kill
+        figures = flat(row)
         if self.tracker:
-            self.tracker.log(flat(row), step=row["step"])
+            self.tracker.log(figures, step=row["step"])
         parts = [
             f"{name} {value:.3g}"
-            for name, value in flat(row).items()
-            if name in SHOWN and value is not None
+            for name, value in figures.items()
+            if name.startswith(SHOWN) and value is not None
         ]
-        parts += [f"{name} {value:.3f}" for name, value in row.get("validation", {}).items()]
-        for name, learnt in row.get("detectors", {}).items():
-            parts.append(
-                f"{name} learnt {learnt['steps']} steps, accuracy {learnt['accuracy_after']:.3f}"
-            )
         self.say(f"step {row['step']:4d} {row['stage']}: " + ", ".join(parts))
-        self.bar.update("reward" in row)
+        self.bar.update("reward" in row)  # not by the row of a stage's end, which only looks
         for name in ("generator", "refiner"):
             # None is a NaN or infinity, and its update was left out; once may be chance
             norms = [row[name]["grad_norm"] for row in self.rows if name in row][-3:]
@@ -161,14 +163,9 @@ class Log:
                 )
 
     def close(self):
-        """Says where the time went."""
-        seconds = {}
-        for row in self.rows:
-            for name, s in row["seconds"].items():
-                seconds[name] = seconds.get(name, 0.0) + s
-        parts = ", ".join(f"{name} {s:.0f}" for name, s in seconds.items())
-        total = f"in all {sum(seconds.values()):.0f}. Peak memory {peak_memory():.1f} GiB"
-        self.say(f"seconds: {parts}; {total}. Wrote {self.out}/")
+        """After an error too, so that a tracker does not show a dead run as one at work"""
+        memory = f"Peak memory {peak_memory():.1f} GiB"
+        self.say(f"{self.seconds():.0f} seconds. {memory}. Wrote {self.out}/")
         self.bar.close()
         self.file.close()
         if self.tracker:
@@ -177,29 +174,31 @@ class Log:
 
 def peak_memory():
     """GiB of this process; ru_maxrss is in bytes on macOS and in KiB elsewhere"""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (
-        30 if sys.platform == "darwin" else 20
-    )
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 # ---------------------------------------------------------------- checkpoints
 
 
 def checkpoints(out):
-    """The checkpoints of a run, newest first"""
+    """The checkpoints of a run, newest first: their names are turns, with zeros in front"""
     return sorted((Path(out) / "checkpoint").glob("*.pt"), reverse=True)
 
 
 def identity(cfg):
-    """What a resumed run shares with its checkpoint: the config but FREE, and its prompt files"""
+    """What a resumed run shares with its checkpoint: the config but FREE, and the words of its prompts"""
     values = {key: value for key, value in asdict(cfg).items() if key not in FREE}
-    del values["rewards"]["heldout"]  # bench.py's too
-    files = {key: Path(getattr(cfg, key)).read_text() for key in ("prompts", "validation_prompts")}
-    return flat(values, ".") | {f"{key}'s file": text for key, text in files.items()}
+    for key in ("prompts", "validation_prompts"):  # the words decide, wherever they lie
+        values[key] = Path(values[key]).read_text()
+    return values
 
 
 def save_checkpoint(cfg, state, progress):
-    """One file, written beside and renamed, so that each *.pt is whole; the last two stay."""
+    """One file, written beside and renamed, so that each *.pt is whole; the last two stay.
+
+    All ranks hold the same bits of what trains, so that rank 0's file is the checkpoint of all.
+    """
     if ranks.RANK == 0:
         folder = Path(cfg.out) / "checkpoint"
         # A kill leaves the old ones, or the new one too: rename is atomic, and fsync puts the bytes
@@ -208,16 +207,17 @@ def save_checkpoint(cfg, state, progress):
             torch.save({"identity": identity(cfg), "state": state, "progress": progress}, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(
-            folder / "writing", folder / f"{progress['iteration']:06d}.{progress['stage']:02d}.pt"
-        )
+        os.replace(folder / "writing", folder / f"{progress['turn']:06d}.pt")
         for old in checkpoints(cfg.out)[2:]:
             old.unlink()
 
 
 def load_checkpoint(cfg, restore):
-    """restore(state) of the newest checkpoint that can be read -> its progress"""
-    ours = identity(cfg)
+    """restore(state) of the newest checkpoint that can be read -> its progress
+
+    A disk that was full or a machine that lost power may have damaged the newest: the one before costs some
+    steps, a training on garbage costs the run.
+    """
     for path in checkpoints(cfg.out):
         try:
             with loading(path):
@@ -228,13 +228,13 @@ def load_checkpoint(cfg, restore):
                 leaves = enumerate(tree_leaves(saved))
                 check_finite(path, {i: leaf for i, leaf in leaves if torch.is_tensor(leaf)})
                 theirs = saved["identity"]
-                changed = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+                changed = [key for key, ours in identity(cfg).items() if theirs.get(key) != ours]
                 if not changed:
                     restore(saved["state"])
         except ConfigError as error:
             print(f"resume: {error}; falls back to the one before")
             continue
-        if changed:
+        if changed:  # no damage, and the one before would say the same
             remedy = "set it back, or train anew with out=NAME"
             raise ConfigError(f"resume: {changed[0]} is not what {path} was written with; {remedy}")
         print(f"resume: goes on from {path}")

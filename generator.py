@@ -21,7 +21,7 @@ would see. Log-probs are means over latent dimensions (nats per dimension), neve
 
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,7 +57,7 @@ class GeneratorConfig:
     width: int = bounded("positive", 64)
     num_steps: int = bounded("positive", 10)
     call: dict[str, Any] = field(default_factory=dict)
-    sde: Literal["cps", "flow", "ode"] = "cps"
+    sde: Literal["cps", "flow"] = "cps"
     noise_level: float = bounded("positive", 0.8)
     window: int = bounded("positive", 2)
     lora_rank: int = bounded("positive", 16)
@@ -71,7 +71,7 @@ class GeneratorConfig:
     gradient_checkpointing: bool = False
 
     def check(self):
-        if self.sde != "ode" and self.window >= self.num_steps:
+        if self.window >= self.num_steps:
             raise ConfigError(
                 f"generator.window: {self.window}; expected less than num_steps, {self.num_steps}, "
                 "because the last step is never stochastic"
@@ -92,11 +92,16 @@ class Step:
 
 
 def join(parts):
-    """The same step of each micro-batch -> the Step of the whole batch"""
-    x = torch.cat([part.x for part in parts])
-    x_next = torch.cat([part.x_next for part in parts])
-    v = torch.cat([part.v for part in parts])
-    return Step(parts[0].index, parts[0].coefficients, x, x_next, v)
+    """The same step of each micro-batch -> the Step of the whole batch
+
+    Place and coefficients are those of the window, the same in all.
+    """
+    return replace(
+        parts[0],
+        x=torch.cat([part.x for part in parts]),
+        x_next=torch.cat([part.x_next for part in parts]),
+        v=torch.cat([part.v for part in parts]),
+    )
 
 
 @dataclass
@@ -201,8 +206,6 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
 
 class Generator:
     """A diffusers pipeline with a LoRA: `rollout` draws and records, `terms` replays with gradients."""
-
-    figures = ("loss", "kl", "clip_fraction")
 
     def __init__(
         self, cfg, device="cpu", dtype=torch.float32, micro_batch=32, offload=False, shard=None

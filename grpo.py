@@ -32,12 +32,11 @@ train.
 """
 
 import copy
-import random
 import signal
 import sys
-import time
 import warnings
-from contextlib import closing, contextmanager
+from collections import defaultdict
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +47,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from omegaconf import OmegaConf
+from torch.utils._pytree import tree_map
 
 import ranks
 from common import ConfigError, bounded, check_bounds, loading, rng, torch_seed
@@ -60,7 +60,6 @@ from reward import (
     Clip,
     RewardsConfig,
     as_bytes,
-    find_kind,
     kid,
     load_rewards,
     read_photos,
@@ -89,7 +88,12 @@ class StageConfig:
 def default_stages():
     # the refiner first: its words move the pictures far at little cost, and the generator starts from there
     first = StageConfig(
-        "refiner", steps=12, prompts=8, rewrites=8, keep_original=False, images=2
+        "refiner",
+        steps=12,
+        prompts=8,
+        rewrites=8,
+        keep_original=False,
+        images=2,
     )
     return [first, StageConfig("generator")]
 
@@ -136,24 +140,18 @@ class Config:
 
 def load_config(argv, schema=Config):
     """[config.yaml, key=value ...] -> schema's object. Words win over profile=NAME, that over the file."""
-    if not argv or not Path(argv[0]).is_file():
-        raise ConfigError(
-            f"{argv[:1]}: no config file; expected python grpo.py config.yaml [key=value ...]"
-        )
+    if not argv:
+        raise ConfigError("no config file; expected python grpo.py config.yaml [key=value ...]")
     path, *words = argv
     with loading(path):
         file = OmegaConf.load(path)
-        profiles = file.pop("profiles", None) or {}
+        profiles = file.pop("profiles", {})
     changes = []
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
             raise ConfigError(f"{word!r}: expected key=value, such as generator.num_steps=4")
         with loading(word):
-            if key == "profile" and value not in profiles:
-                raise ConfigError(
-                    f"{word}: {path} has no such profile; it has {', '.join(profiles)}"
-                )
             if key == "profile":
                 file = OmegaConf.merge(file, profiles[value])
             else:
@@ -167,9 +165,7 @@ def load_config(argv, schema=Config):
 
 
 def check_run(cfg):
-    """What training needs of a config as a whole, told before a model loads"""
-    if not cfg.stages:
-        raise ConfigError("stages: empty; expected one or more")
+    """What training needs of stages and learners together, told before a model loads"""
     parts = cfg.updates * ranks.WORLD
     for i, stage in enumerate(cfg.stages):
         members = {
@@ -184,23 +180,13 @@ def check_run(cfg):
             fault = "no text to draw; expected rewrites of 1 or more, or keep_original: true"
         elif stage.rewrites and not cfg.refiner:
             fault = f"rewrites: {stage.rewrites}, but refiner is null; expected 0, or a refiner"
-        elif cfg.generator.sde == "ode" and stage.train != "refiner":
-            fault = "generator.sde: ode explores nothing; expected cps or flow"
         elif stage.prompts % parts:
-            fault = (
-                f"prompts: {stage.prompts}; expected a multiple of {parts}, updates x processes"
-            )
+            fault = f"prompts: {stage.prompts}; expected a multiple of {parts}, updates x processes"
         if fault:
             raise ConfigError(f"stages[{i}], {stage.train}: {fault}")
     for name in cfg.learners:
         if name not in cfg.rewards.train:
-            known = ", ".join(cfg.rewards.train)
-            raise ConfigError(
-                f"learners.{name}: not a training reward; expected one of {known}"
-            )
-    for rewards in (cfg.rewards.train, cfg.rewards.validation, cfg.rewards.heldout):
-        for name, reward in rewards.items():
-            find_kind(name, reward)
+            raise ConfigError(f"learners.{name}: not a training reward; expected a name of those")
 
 
 def read_prompts(path):
@@ -249,6 +235,11 @@ def clipped_loss(log_ratio, advantage, low, high):
     return torch.maximum(loss, bound), bound > loss
 
 
+def means(scores):
+    """{name: (B,)} -> {name: number}, for people"""
+    return {name: r.mean().item() for name, r in scores.items()}
+
+
 # ---------------------------------------------------------------- the run
 
 
@@ -256,31 +247,29 @@ class Run:
     """Both policies, the rewards and the optimizers; `step` is the walk."""
 
     def __init__(self, cfg, train=True):
+        """train: whether policies get a new LoRA and its optimizer, and detectors a learner"""
         self.cfg = cfg
-        self.seconds = {}
         self.device = ranks.pick_device(cfg.device)
         self.prompts = read_prompts(cfg.prompts)
         self.validation_prompts = read_prompts(cfg.validation_prompts)
-        shape = cfg.generator.height, cfg.generator.width
-        photos, _ = read_photos(cfg.validation_photos, shape)  # (n, 3, H, W)
-        dtype = getattr(torch, cfg.dtype)
-        shard = ranks.shard if cfg.fsdp and ranks.WORLD > 1 else None
-        self.generator = Generator(
-            cfg.generator, self.device, dtype, cfg.micro_batch, cfg.offload, shard
-        )
-        self.policies = {"generator": self.generator}
-        self.refiner = None
-        if cfg.refiner:
-            self.refiner = Refiner(cfg.refiner, self.device, dtype, cfg.micro_batch)
-            self.policies["refiner"] = self.refiner
-        # under offload detectors rest on the CPU, and each visits the GPU when its turn comes
+        # Rewards come first: one that is mistyped is told before minutes go into loading a large generator.
+        # Under offload they rest on the CPU, and each visits the GPU when its turn comes.
         home = "cpu" if cfg.offload else self.device
         self.rewards = load_rewards(cfg.rewards.train, home)
         self.validation = load_rewards(cfg.rewards.validation, home)
         self.weights = {name: reward.weight for name, reward in cfg.rewards.train.items()}
         self.kid_model = Clip(cfg.rewards.kid, self.device)
-        with loading(f"rewards.kid, kid_layer {cfg.rewards.kid_layer}"):
-            self.photo_features = self.features(self.real(photos))  # (n, D)
+        place = (self.device, getattr(torch, cfg.dtype), cfg.micro_batch)
+        shard = ranks.shard if cfg.fsdp and ranks.WORLD > 1 else None
+        self.generator = Generator(cfg.generator, *place, cfg.offload, shard)
+        self.policies = {"generator": self.generator}
+        self.refiner = None
+        if cfg.refiner:
+            self.refiner = Refiner(cfg.refiner, *place)
+            self.policies["refiner"] = self.refiner
+        shape = (cfg.generator.height, cfg.generator.width)
+        photos, _ = read_photos(cfg.validation_photos, shape)  # (n, 3, H, W)
+        self.photo_features = self.features(self.real(photos))  # (n, D)
         self.optimizers = {}
         self.learners = {}
         if train:
@@ -291,13 +280,15 @@ class Run:
         cfg = self.cfg
         for name, policy in self.policies.items():
             policy.add_lora(cfg.seed)
-            options = dict(lr=policy.cfg.lr, weight_decay=cfg.weight_decay)
-            self.optimizers[name] = torch.optim.AdamW(policy.parameters(), **options)
-        if cfg.learners:
-            photos = Photographs(cfg.photos, shape, self.real)
-            shared = (photos, cfg.seed, cfg.micro_batch, self.device)
-            for name, update in cfg.learners.items():
-                self.learners[name] = Learner(name, self.rewards[name], update, *shared)
+            self.optimizers[name] = torch.optim.AdamW(
+                policy.parameters(), lr=policy.cfg.lr, weight_decay=cfg.weight_decay
+            )
+        # nobody needs these photographs where nothing learns
+        photos = Photographs(cfg.photos, shape, self.real) if cfg.learners else None
+        for name, update in cfg.learners.items():
+            self.learners[name] = Learner(
+                name, self.rewards[name], update, photos, cfg.seed, cfg.micro_batch, self.device
+            )
 
     def real(self, photos):
         """Photographs as pictures come, through the autoencoder: its blur would give the pictures away."""
@@ -310,21 +301,19 @@ class Run:
         chunks = images.split(self.cfg.micro_batch)
         return torch.cat([self.kid_model.features(chunk, layer).cpu() for chunk in chunks])
 
-    def score(self, rewards, images, prompts):
-        """{name: (B,)}; with `offload` each reward visits the GPU in turn"""
+    def score(self, rewards, images, prompts, P=None):
+        """{name: (P*k,)} of this rank's pictures and those of the others, which show P prompts together
+
+        With `offload` each reward visits the GPU in turn.
+        """
         visit = self.device if self.cfg.offload else None
-        return score(rewards, images, prompts, self.cfg.micro_batch, visit)
+        scores = score(rewards, images, prompts, self.cfg.micro_batch, visit)  # {name: (p*k,)}
+        return {name: ranks.gather(r, P) for name, r in scores.items()}
 
     def combine(self, scores):
         """{name: r} -> the mean by weight, for people and for `keep`; training standardises each first"""
         total = sum(weight * scores[name] for name, weight in self.weights.items())
         return total / sum(self.weights.values())
-
-    @contextmanager
-    def phase(self, name):
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     # ------------------------------------------------ the walk
 
@@ -335,106 +324,95 @@ class Run:
         metrics are those of the whole batch on every rank; gradients are summed.
         """
         P, N, M = stage.prompts, stage.texts, stage.images
-        all_prompts = self.next_prompts(iteration, P)
-        prompts = ranks.mine(all_prompts)
+        prompts = self.next_prompts(iteration, P)
         # images (p*N*M, 3, H, W)
-        rewrites, images, trajectory = self.rollout(prompts, stage, iteration)
-        with self.phase("reward"):
-            # against what the user typed, not what was drawn: a rewrite that drifts off the subject loses
-            words = [prompt for prompt in prompts for _ in range(N * M)]
-            scores = self.score(self.rewards, images, words)  # {name: (p*N*M,)}
-            # {name: (P*N*M,)}
-            scores = {name: ranks.gather(r, P) for name, r in scores.items()}
-        row = self.describe_scores(scores, P)
+        rewrites, images, trajectory = self.rollout(ranks.mine(prompts), stage, iteration)
+        # against what the user typed, not what was drawn: a rewrite that drifts off the subject loses
+        words = [prompt for prompt in ranks.mine(prompts) for _ in range(N * M)]
+        scores = self.score(self.rewards, images, words, P)  # {name: (P*N*M,)}
+        reward = self.combine(scores).view(P, -1)  # (P, N*M), for people
+        spread = reward.std(1)  # (P,)
+        row = {
+            "reward": reward.mean().item(),
+            "reward_std": spread.mean().item(),
+            "zero_std": (spread < 1e-6).float().mean().item(),  # groups that teach nothing
+            "rewards": means(scores),
+        }
         if stage.train != "refiner":
-            with self.phase("update generator"):
-                # A picture is compared with the pictures of its own text. Among all pictures of the prompt,
-                # a good text would give its pictures an advantage that they did nothing for.
-                advantage = advantages(scores, self.weights, P * N).view(P, N * M)
-                row["generator"] = self.update("generator", trajectory, advantage)
+            # A picture is compared with the pictures of its own text. Among all pictures of the prompt, a
+            # good text would give its pictures an advantage that they did nothing for.
+            advantage = advantages(scores, self.weights, P * N).view(P, N * M)
+            row["generator"] = self.update("generator", trajectory, advantage)
         if stage.train != "generator":
-            with self.phase("update refiner"):
-                advantage = self.text_advantages(rewrites, scores, stage)  # (P, rewrites)
-                row["refiner"] = self.update("refiner", rewrites, advantage)
-                row["refiner"] |= self.describe_texts(rewrites)
+            advantage = self.text_advantages(rewrites, scores, stage)  # (P, rewrites)
+            row["refiner"] = self.update("refiner", rewrites, advantage)
+            shares = {
+                "cue_share": cue_share(rewrites.texts, self.cfg.refiner.cues) / ranks.WORLD,
+                "bad_format": rewrites.bad_format.mean().item() / ranks.WORLD,
+            }
+            row["refiner"] |= ranks.sum_figures(shares)
         if self.learners:
             # Last, so that they judge the next step. In this one, pictures that a detector has just learnt
             # would stand below those of their group that it has not.
-            with self.phase("update detectors"):
-                words = [prompt for prompt in all_prompts for _ in range(N * M)]
-                images = ranks.gather(images, P)  # (P*N*M, 3, H, W)
-                row["detectors"] = self.update_detectors(images, words, scores, iteration)
+            words = [prompt for prompt in prompts for _ in range(N * M)]
+            images = ranks.gather(images, P)  # (P*N*M, 3, H, W)
+            row["detectors"] = {
+                name: learner.step(images, words, scores[name].mean().item(), iteration)
+                for name, learner in self.learners.items()
+            }  # None for one that was not fooled
         return row
 
     def rollout(self, prompts, stage, iteration):
         """This rank's p prompts -> Rewrites or None, images (p*N*M, 3, H, W), Trajectory"""
         cfg = self.cfg
-        N, M = stage.texts, stage.images
         numbers = ranks.mine(range(stage.prompts))
-        with self.phase("rewrite"):
+        texts = prompts
+        rewrites = None
+        if stage.rewrites:
             keys = [("rewrite", cfg.seed, iteration, p) for p in numbers]
-            texts, rewrites = self.rewrite(prompts, stage, keys)  # p*N
+            sampled, rewrites = self.refiner.rollout(prompts, stage.rewrites, keys)
+            texts = []  # p*N: in each group the user's words first, if they are kept
+            for i, prompt in enumerate(prompts):
+                texts += [prompt] * stage.keep_original
+                texts += sampled[i * stage.rewrites : (i + 1) * stage.rewrites]
         # Rewrites are compared on the same noise (common random numbers), or the luck of the noise would hide
         # what the words are worth. Pictures that train have noise of their own: it is what they explore with.
+        M = stage.images
         stride = 0 if stage.train == "refiner" else M
-        samples = [(p, n * stride + m) for p in numbers for n in range(N) for m in range(M)]
-        keys = [("picture", cfg.seed, iteration, *sample) for sample in samples]
+        keys = [
+            ("picture", cfg.seed, iteration, p, n * stride + m)
+            for p in numbers
+            for n in range(stage.texts)
+            for m in range(M)
+        ]
         window = ()
         if stage.train != "refiner":
             # one window for the whole step, or the log-ratios of a group would differ in scale
             chance = rng("window", cfg.seed, iteration)
             window = draw_window(cfg.generator.num_steps, cfg.generator.window, chance)
-        with self.phase("draw"):
-            texts = [text for text in texts for _ in range(M)]
-            images, trajectory = self.generator.rollout(texts, keys, window)
+        texts = [text for text in texts for _ in range(M)]  # p*N*M
+        images, trajectory = self.generator.rollout(texts, keys, window)
         return rewrites, images, trajectory
 
     def next_prompts(self, iteration, P):
         """The P prompts of a step; a permutation an epoch draws each once before any twice"""
         n = len(self.prompts)
-        first = iteration * P  # counted over the whole run, so that resume needs no state
-        epochs = range(first // n, (first + P - 1) // n + 1)
-        orders = [rng("prompts", self.cfg.seed, epoch).permutation(n) for epoch in epochs]
-        start = first % n
-        return [self.prompts[i] for i in np.concatenate(orders)[start : start + P]]
-
-    def rewrite(self, prompts, stage, keys):
-        """p prompts -> p*N texts, in each group the user's words first if they are kept; Rewrites or None"""
-        if stage.rewrites == 0:
-            return prompts, None
-        sampled, record = self.refiner.rollout(prompts, stage.rewrites, keys)
-        texts = []
-        for i, prompt in enumerate(prompts):
-            texts += [prompt] * stage.keep_original
-            texts += sampled[i * stage.rewrites : (i + 1) * stage.rewrites]
-        return texts, record
-
-    def describe_scores(self, scores, P):
-        """{name: (P*N*M,)} -> figures for people"""
-        reward = self.combine(scores).view(P, -1)  # (P, N*M)
-        spread = reward.std(1)  # (P,)
-        return {
-            "reward": reward.mean().item(),
-            "reward_std": spread.mean().item(),
-            "zero_std": (spread < 1e-6).float().mean().item(),  # groups that teach nothing
-            "rewards": {name: r.mean().item() for name, r in scores.items()},
-        }
-
-    def describe_texts(self, rewrites):
-        """Rewrites of this rank -> figures for people, of all ranks"""
-        cues = cue_share(rewrites.texts, self.cfg.refiner.cues)
-        figures = {"cue_share": cues, "bad_format": rewrites.bad_format.mean().item()}
-        return ranks.sum_figures({name: mean / ranks.WORLD for name, mean in figures.items()})
+        draws = range(
+            iteration * P, (iteration + 1) * P
+        )  # counted over the run: resume needs no state
+        epochs = {i // n for i in draws}
+        orders = {e: rng("prompts", self.cfg.seed, e).permutation(n) for e in epochs}
+        return [self.prompts[orders[i // n][i % n]] for i in draws]
 
     def text_advantages(self, rewrites, scores, stage):
         """(P, rewrites): a rewrite is compared with the texts of its prompt, by the mean over its M images
 
         A bad format counts as one more reward. The user's words stand in the group, but nobody chose them.
         """
-        P, N = stage.prompts, stage.texts
-        scores = {name: r.view(P * N, -1).mean(1) for name, r in scores.items()}  # (P*N,)
+        P = stage.prompts
+        scores = {name: r.view(P * stage.texts, -1).mean(1) for name, r in scores.items()}  # (P*N,)
         bad = ranks.gather(rewrites.bad_format, P).view(P, -1)  # (P, rewrites)
-        users = N - stage.rewrites  # 1 where keep_original
+        users = int(stage.keep_original)
         scores["format"] = -F.pad(bad, (users, 0)).flatten()  # (P*N,)
         weights = self.weights | {"format": self.cfg.refiner.format_penalty}
         return advantages(scores, weights, P)[:, users:]
@@ -452,16 +430,21 @@ class Run:
         parts = [part.tolist() for part in torch.arange(len(advantage)).chunk(updates)]
         # the first part needs no old log-probs: when it is trained, the policy is the one that drew it
         policy.remember(record, sum(parts[1:], []))
-        figures = dict.fromkeys(policy.figures, 0.0)
+        figures = defaultdict(float)
         norm = 0.0
         for part in parts:
-            count = ranks.all_sum(torch.tensor(float(policy.count(record, part)))).item()
+            count = ranks.sum_figures({"rows": policy.count(record, part)})["rows"]
             for first in range(0, len(part), self.cfg.micro_batch):
                 rows = part[first : first + self.cfg.micro_batch]
                 for log_ratio, kl, weight, more in policy.terms(record, rows):  # (b, L) each
                     loss, clipped = clipped_loss(log_ratio, advantage[rows], *policy.clip())
                     loss = loss + policy.cfg.beta * kl
-                    terms = {"loss": loss, "kl": kl, "clip_fraction": clipped.float(), **more}
+                    terms = {
+                        "loss": loss,
+                        "kl": kl,
+                        "clip_fraction": clipped.float(),
+                        **more,
+                    }
                     sums = {key: (term * weight).sum() / count for key, term in terms.items()}
                     # here: the graph of one step at a time is all that is kept
                     sums["loss"].backward()
@@ -479,17 +462,8 @@ class Run:
         if np.isfinite(norm):  # one NaN would stay in AdamW's moments for ever
             self.optimizers[name].step()
             policy.update_ema()
-        self.optimizers[name].zero_grad(set_to_none=True)
+        self.optimizers[name].zero_grad()
         return norm
-
-    def update_detectors(self, images, prompts, scores, iteration):
-        """Detectors that this step's pictures fooled learn -> {name: figures}"""
-        figures = {}
-        for name, learner in self.learners.items():
-            learnt = learner.step(images, prompts, scores[name].mean().item(), iteration)
-            if learnt:
-                figures[name] = learnt
-        return figures
 
     # ------------------------------------------------ a look
 
@@ -499,32 +473,28 @@ class Run:
         -> figures, images (P*M, 3, H, W). score = mean of the validation detectors - KID; reward = that of
         training, by weight.
         """
-        cfg = self.cfg
-        P, M = len(self.validation_prompts), cfg.eval_images
+        seed = self.cfg.seed
+        P = len(self.validation_prompts)
+        M = self.cfg.eval_images
         numbers = ranks.mine(range(P))
-        prompts = [self.validation_prompts[p] for p in numbers]
-        words = [prompt for prompt in prompts for _ in range(M)]
+        prompts = ranks.mine(self.validation_prompts)
+        words = [prompt for prompt in prompts for _ in range(M)]  # p*M
         texts = words
         if stage.train != "generator":  # another rewrite for each picture
-            texts, _ = self.refiner.rollout(
-                prompts, M, [("look rewrite", cfg.seed, p) for p in numbers]
-            )
-        keys = [("look", cfg.seed, p, m) for p in numbers for m in range(M)]
+            keys = [("look rewrite", seed, p) for p in numbers]
+            texts, _ = self.refiner.rollout(prompts, M, keys)
+        keys = [("look", seed, p, m) for p in numbers for m in range(M)]
         with self.generator.ema_weights():
             images, _ = self.generator.rollout(texts, keys)  # (p*M, 3, H, W)
 
-        def means(rewards):
-            scores = self.score(rewards, images, words)
-            return {name: ranks.gather(r, P).mean().item() for name, r in scores.items()}
-
         # KID beside the detectors: they learned from fakes that resemble those of training, so what fools the
         # training detectors may fool these too. KID asks about texture and colour, and knows no fakes.
-        look = means(self.validation)
+        look = means(self.score(self.validation, images, words, P))
         realism = sum(look.values()) / max(len(look), 1)
         units = torch.arange(P).repeat_interleave(M)  # (P*M,), the prompt of each picture
         look["kid"] = kid(ranks.gather(self.features(images), P), self.photo_features, units)
         look["score"] = realism - look["kid"]
-        trained = means(self.rewards)
+        trained = means(self.score(self.rewards, images, words, P))
         look["reward"] = self.combine(trained)
         look |= {f"train_{name}": mean for name, mean in trained.items()}
         # one judgement, so that all keep the same weights
@@ -538,18 +508,14 @@ class Run:
 
     @torch.no_grad()
     def set_tensors(self, values):
-        """What `tensors` gave, or a copy of it, in place"""
-        for name, tensors in self.tensors().items():
-            for key, tensor in tensors.items():
-                tensor.copy_(values[name][key])
+        """What `tensors` gave, or a copy of it, in place; an error where names or shapes are others"""
+        tree_map(torch.Tensor.copy_, self.tensors(), values)
 
     def state(self):
         """All that `restore` takes to go on as if never interrupted"""
         return {
             "tensors": self.tensors(),
-            "optimizers": {
-                name: optimizer.state_dict() for name, optimizer in self.optimizers.items()
-            },
+            "optimizers": {name: adamw.state_dict() for name, adamw in self.optimizers.items()},
             "learners": {name: learner.state() for name, learner in self.learners.items()},
         }
 
@@ -567,103 +533,81 @@ class Run:
 def train(cfg):
     """All stages, one after another; each starts from the weights that the one before it kept."""
     check_run(cfg)
+    # A stage of n steps has n + 1 turns. A look belongs to the weights before the step whose turn it shares,
+    # and the last turn of a stage only looks.
+    turns = [(i, step) for i, stage in enumerate(cfg.stages) for step in range(stage.steps + 1)]
     with lock(cfg), ranks.meeting(ranks.pick_device(cfg.device)):
         run = Run(cfg)
-        progress = {
-            "stage": 0,
-            "step": 0,
-            "iteration": 0,
-            "first": None,
-            "best": None,
-            "rows": [],
-        }
+        progress = {"turn": 0, "looks": {}, "rows": []}
         if cfg.resume and checkpoints(cfg.out):
             progress = load_checkpoint(cfg, run.restore)
         with closing(Log(run, progress["rows"])) as log:
-            stop = []  # SIGINT and SIGTERM: the step is finished and saved
+            stop = []  # SIGINT and SIGTERM: the turn is finished and saved
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, lambda received, frame: stop.append(received))
-            while progress["stage"] < len(cfg.stages):
-                stage = cfg.stages[progress["stage"]]
-                seed_globals(cfg.seed, progress["iteration"])
-                # a look belongs to the weights before the step whose row it shares
-                row = {
-                    "step": progress["iteration"],
-                    "stage": f"{progress['stage']} {stage.train}",
-                }
-                run.seconds = {}
-                over = progress["step"] == stage.steps  # this pass only looks
-                if over or progress["step"] % cfg.eval_every == 0:
-                    row["validation"] = look(run, stage, progress)
+            for number, step in turns[progress["turn"] :]:
+                stage = cfg.stages[number]
+                iteration = progress["turn"] - number  # training steps so far, of all stages
+                over = step == stage.steps
+                # for rewards that draw from the global generators: what they draw is counted too
+                transformers.set_seed(torch_seed("globals", cfg.seed, iteration))
+                row = {"step": iteration, "stage": f"{number} {stage.train}"}
+                if over or step % cfg.eval_every == 0:
+                    row["validation"] = look(run, stage, iteration, progress["looks"])
                 if not over:
-                    row |= run.step(stage, progress["iteration"])
-                    progress["step"] += 1
-                    progress["iteration"] += 1
-                log.record(row | {"seconds": run.seconds})
+                    row |= run.step(stage, iteration)
+                log.record(row)
                 if over:
-                    finish_stage(run, stage, progress, log)
-                # a signal may have reached one rank alone: all stop at the same step
-                stopped = ranks.all_sum(torch.tensor(float(len(stop)))).item() > 0
-                if stopped or over or progress["iteration"] % cfg.save_every == 0:
+                    finish_stage(run, number, progress, log)
+                progress["turn"] += 1
+                # a signal may have reached one rank alone: all stop at the same turn
+                stopped = ranks.sum_figures({"signals": len(stop)})["signals"] > 0
+                if stopped or over or progress["turn"] % cfg.save_every == 0:
                     save_checkpoint(cfg, run.state(), progress)
                 if stopped:
-                    log.say(f"stopped; resume=true goes on from step {progress['iteration']}")
                     sys.exit(143 if signal.SIGTERM in stop else 0)
 
 
-def seed_globals(seed, iteration):
-    """For rewards that draw from the global generators: what they draw follows from (seed, iteration) too."""
-    value = torch_seed("globals", seed, iteration)
-    torch.manual_seed(value)
-    np.random.seed(value)
-    random.seed(value)
-
-
-def look(run, stage, progress):
-    """Evaluate, and keep the weights if this is the best look of the stage so far -> figures"""
+def look(run, stage, iteration, looks):
+    """Evaluate -> figures. looks: the stage's first and its best, which is kept with its weights."""
     cfg = run.cfg
-    with run.phase("evaluate"):
-        figures, images = run.evaluate(stage)
+    figures, images = run.evaluate(stage)
     if ranks.RANK == 0:
-        path = Path(cfg.out) / "samples" / f"{progress['iteration']:05d}_{stage.train}.png"
+        path = Path(cfg.out) / "samples" / f"{iteration:05d}_{stage.train}.png"
         save_grid(images[:96], path, columns=16)
-    images = as_bytes(images[:: cfg.eval_images])  # (P, 3, H, W), one a prompt
-    progress["first"] = progress["first"] or {"figures": figures, "images": images}
-    start = progress["first"]["figures"]
-    # the falls of a reward that learns say nothing
-    steady = set(run.weights) - set(cfg.learners)
-    limits = {
-        f"train_{name}": cfg.keep_within[name] for name in cfg.keep_within if name in steady
+    this = {
+        "step": iteration,
+        "worth": iteration if cfg.keep == "last" else figures[cfg.keep],
+        "figures": figures,
+        "images": as_bytes(images[:: cfg.eval_images]),  # (P, 3, H, W), one a prompt
     }
-    within = all(start[name] - figures[name] <= most for name, most in limits.items())
-    worth = progress["iteration"] if cfg.keep == "last" else figures[cfg.keep]
-    best = progress["best"]
-    if best is None or within and worth > best["worth"]:
-        tensors = copy.deepcopy(run.tensors())
-        progress["best"] = {
-            "worth": worth,
-            "step": progress["iteration"],
-            "tensors": tensors,
-            "images": images,
-        }
+    first = looks.setdefault("first", this)["figures"]
+    falls = {name: first[f"train_{name}"] - figures[f"train_{name}"] for name in run.weights}
+    # the falls of a reward that learns say nothing
+    steady = set(falls) - set(cfg.learners)
+    within = all(falls[name] <= cfg.keep_within.get(name, np.inf) for name in steady)
+    if "best" not in looks or within and this["worth"] > looks["best"]["worth"]:
+        looks["best"] = this | {"tensors": copy.deepcopy(run.tensors())}
     return figures
 
 
-def finish_stage(run, stage, progress, log):
+def finish_stage(run, number, progress, log):
     """Back to the weights of the best look: they are saved, and the next stage starts from them."""
-    best = progress["best"]
+    cfg = run.cfg
+    looks = progress["looks"]
+    best = looks["best"]
     run.set_tensors(best["tensors"])
-    number = progress["stage"]
+    stage = cfg.stages[number].train
     if ranks.RANK == 0:
-        out = Path(run.cfg.out)
+        out = Path(cfg.out)
         for name, policy in run.policies.items():
             policy.save(out / name)
-        path = out / "samples" / f"before_after_{number}_{stage.train}.png"
-        save_before_after(progress["first"]["images"], best["images"], path)
-        save_curves(log.rows, out / "curves.png")
-    worth = f"{run.cfg.keep} {best['worth']:.3f}"
-    log.say(f"stage {number} ({stage.train}) keeps the weights of step {best['step']}: {worth}")
-    progress |= {"stage": number + 1, "step": 0, "first": None, "best": None}
+        path = out / "samples" / f"before_after_{number}_{stage}.png"
+        save_before_after(looks["first"]["images"], best["images"], path)
+        save_curves(progress["rows"], out / "curves.png")
+    worth = f"{cfg.keep} {best['worth']:.3f}"
+    log.say(f"stage {number} ({stage}) keeps the weights of step {best['step']}: {worth}")
+    looks.clear()  # the next stage has its own
 
 
 def cli(main):

@@ -29,7 +29,10 @@ OURS = (
 
 
 def load_pipeline(cfg, dtype):
-    """A stock pipeline with a flow-matching Euler scheduler, each model with all weights from its file"""
+    """A stock pipeline with a flow-matching Euler scheduler, each model with all weights from its file
+
+    cfg is a GeneratorConfig. ConfigError for any other sampler, and for arguments that its call has not.
+    """
     check_folder(cfg.model, "model_index.json")
     with loading(cfg.model):
         index = DiffusionPipeline.load_config(cfg.model)
@@ -42,21 +45,17 @@ def load_pipeline(cfg, dtype):
                 parts[name] = load_model(kind, cfg.model, subfolder=name, dtype=dtype)
     with loading(cfg.model):
         pipe = DiffusionPipeline.from_pretrained(cfg.model, dtype=dtype, **parts)
-    for name, part in pipe.components.items():
+    for name, part in pipe.components.items():  # some pipelines have two or three
         if name.startswith("tokenizer") and part is not None:
             check_tokenizer(f"{cfg.model}/{name}", part)
-    if (
-        type(pipe.scheduler) is not FlowMatchEulerDiscreteScheduler
-        or "transformer" not in pipe.components
-    ):
-        found = f"{type(pipe).__name__} that samples with {type(pipe.scheduler).__name__}"
+    sampler = type(pipe.scheduler)
+    # one that adds noise of its own cannot be replayed
+    noisy = pipe.scheduler.config.get("stochastic_sampling")
+    if sampler is not FlowMatchEulerDiscreteScheduler or noisy or not hasattr(pipe, "transformer"):
+        found = f"{type(pipe).__name__} with {sampler.__name__}"
         raise ConfigError(
             f"generator.model: {cfg.model} is a {found}; expected a transformer and "
-            "FlowMatchEulerDiscreteScheduler"
-        )
-    if pipe.scheduler.config.get("stochastic_sampling"):
-        raise ConfigError(
-            f"generator.model: {cfg.model} has stochastic_sampling, which cannot be replayed"
+            "FlowMatchEulerDiscreteScheduler without stochastic_sampling"
         )
     with loading("generator.call"):
         inspect.signature(pipe.__call__).bind_partial(**dict.fromkeys(OURS), **cfg.call)
@@ -90,6 +89,7 @@ def along_batch(work, results, two, three):
 
 
 def join(parts, axis):
+    """What micro-batches gave -> the same for all their texts: tensors, or lists with one thing a text"""
     return torch.cat(parts, axis) if torch.is_tensor(parts[0]) else sum(parts, [])
 
 

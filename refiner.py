@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import (
     ConfigError,
@@ -110,30 +110,28 @@ def k3_kl(log_probs, ref_log_probs):
     return d.exp() - d - 1
 
 
-class SampleByRow(LogitsProcessor):
-    """Exact sampling at `temperature`, with random numbers of each row's own.
+def sample_by_row(rngs, temperature):
+    """Exact sampling at `temperature`, with random numbers of each row's own: a logits processor.
 
     A trick: one uniform number of the row's generator picks the token by the inverse of the cumulative
     distribution, and that token is left as the only finite score, so that greedy search takes it. rngs: B
     numpy generators.
     """
 
-    def __init__(self, rngs, temperature):
-        self.rngs = rngs
-        self.temperature = temperature
-
-    def __call__(self, input_ids, scores):
+    def sample(ids, scores):  # (B, L), (B, V)
         # (B, V), f64: rare tokens keep their share
-        cdf = (scores.double() / self.temperature).softmax(-1).cumsum(-1)
+        cdf = (scores.double() / temperature).softmax(-1).cumsum(-1)
         if not cdf.isfinite().all():
             raise ConfigError(
                 "refiner: its logits are not finite: it has diverged; a lower refiner.lr may help"
             )
         # (B, 1) in [0, 1)
-        u = torch.tensor([[r.random()] for r in self.rngs], dtype=cdf.dtype, device=cdf.device)
+        u = torch.tensor([[r.random()] for r in rngs], dtype=cdf.dtype, device=cdf.device)
         # (B, 1), the first whose cdf exceeds u
         token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+    return sample
 
 
 # ---------------------------------------------------------------- the policy
@@ -141,8 +139,6 @@ class SampleByRow(LogitsProcessor):
 
 class Refiner:
     """A chat LLM with a LoRA: `rollout` samples rewrites, `terms` scores their tokens with gradients."""
-
-    figures = ("loss", "kl", "clip_fraction", "entropy")
 
     def __init__(self, cfg, device="cpu", dtype=torch.float32, micro_batch=64):
         self.cfg = cfg
@@ -152,17 +148,15 @@ class Refiner:
         with loading(cfg.model):
             self.tokenizer = AutoTokenizer.from_pretrained(cfg.model)
         check_tokenizer(cfg.model, self.tokenizer)
-        if not self.tokenizer.chat_template:
-            raise ConfigError(
-                f"refiner.model: {cfg.model} has no chat template; expected an instruction-tuned model"
-            )
+        # one that is not instruction-tuned has no template
         with loading(f"refiner: chat template of {cfg.model}"):
             chat(self.tokenizer, ["a photo"], cfg.system_prompt, cfg.examples)
         # Llama's has none; the mask hides whatever stands there
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model = load_model(AutoModelForCausalLM, cfg.model, dtype=dtype).to(device).eval()
-        self.model.requires_grad_(False)
+        self.base = load_model(AutoModelForCausalLM, cfg.model, dtype=dtype).to(device).eval()
+        self.base.requires_grad_(False)
+        self.model = self.base  # a LoRA is written into the base, and the model is what wraps it
         self.check_head()
 
     @torch.no_grad()
@@ -171,7 +165,7 @@ class Refiner:
         ids = torch.arange(2, device=self.device)[None]  # (1, 2)
         hidden, weight = self.hidden(ids, torch.ones_like(ids))
         if not torch.allclose(
-            self.model(input_ids=ids).logits, hidden @ weight.T, rtol=0.02, atol=0.02
+            self.base(input_ids=ids).logits, hidden @ weight.T, rtol=0.02, atol=0.02
         ):
             raise ConfigError(
                 f"refiner.model: {self.cfg.model} has a head that is more than one matrix (a bias, a scale "
@@ -180,19 +174,20 @@ class Refiner:
 
     def add_lora(self, seed=0):
         """A new LoRA, f32, on every linear layer but the head: up zero, so that nothing changes yet"""
-        rank = self.cfg.lora_rank
-        alpha = self.cfg.lora_alpha
         config = LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+            r=self.cfg.lora_rank,
+            lora_alpha=self.cfg.lora_alpha,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_seed("refiner lora", seed))
-            self.model = get_peft_model(self.model, config)
+            self.model = get_peft_model(self.base, config)
 
     def load(self, folder):
         """The adapter that `save` wrote"""
         with loading(folder):
-            self.model = PeftModel.from_pretrained(self.model, str(folder), is_trainable=True)
+            self.model = PeftModel.from_pretrained(self.base, str(folder), is_trainable=True)
             expected = get_peft_model_state_dict(self.model)
         check_adapter(Path(folder) / "adapter_model.safetensors", expected)
 
@@ -225,7 +220,10 @@ class Refiner:
         """
         chats = chat(self.tokenizer, prompts, self.cfg.system_prompt, self.cfg.examples)
         options = dict(
-            padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+            return_tensors="pt",
         )
         heads = self.tokenizer(chats, **options).to(self.device)
         ids = heads["input_ids"].repeat_interleave(num_rewrites, 0)  # (B, K)
@@ -257,10 +255,8 @@ class Refiner:
             whole = self.model.generate(
                 input_ids=ids[rows],
                 attention_mask=attention[rows],
-                do_sample=False,  # SampleByRow has drawn
-                logits_processor=LogitsProcessorList(
-                    [SampleByRow(rngs[rows], self.cfg.temperature)]
-                ),
+                do_sample=False,  # sample_by_row has drawn
+                logits_processor=[sample_by_row(rngs[rows], self.cfg.temperature)],
                 repetition_penalty=1.0,  # some models bring another, which log_probs would not know
                 max_new_tokens=self.cfg.max_new_tokens,
                 pad_token_id=self.tokenizer.pad_token_id,
@@ -289,12 +285,14 @@ class Refiner:
 
     def hidden(self, ids, attention):
         """ids, attention (b, K) -> what the head reads (b, K, D), and the head's weight (V, D)"""
-        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         positions = (attention.cumsum(1) - 1).clamp(min=0)  # left padding must not shift positions
-        states = model.base_model(
-            input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False
+        states = self.base.base_model(
+            input_ids=ids,
+            attention_mask=attention,
+            position_ids=positions,
+            use_cache=False,
         )
-        return states.last_hidden_state, model.get_output_embeddings().weight
+        return states.last_hidden_state, self.base.get_output_embeddings().weight
 
     # ------------------------------------------------ what GRPO asks of a policy
 

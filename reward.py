@@ -23,13 +23,14 @@ import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoModelForImageClassification, AutoTokenizer, CLIPModel
 from transformers.image_processing_base import ImageProcessingMixin
 
@@ -137,7 +138,7 @@ def to_pil(images):
 def encode(picture, jpeg):
     """PIL picture -> bytes of a JPEG file of quality `jpeg` (1 to 95), or of a PNG where it is 0"""
     file = io.BytesIO()
-    picture.save(file, **(dict(format="JPEG", quality=jpeg) if jpeg else dict(format="PNG")))
+    picture.save(file, "JPEG" if jpeg else "PNG", quality=jpeg)  # which PNG does not look at
     return file.getvalue()
 
 
@@ -148,30 +149,17 @@ def as_file(images, jpeg):
     """
     if not jpeg:
         return images
-    # (B,H,W,3) u8
-    pixels = np.stack([np.array(Image.open(io.BytesIO(encode(p, jpeg)))) for p in to_pil(images)])
-    return torch.from_numpy(pixels).to(images.device).permute(0, 3, 1, 2).float() / 255  # (B,3,H,W)
+    files = [io.BytesIO(encode(picture, jpeg)) for picture in to_pil(images)]
+    return torch.stack([read_image(file) for file in files]).to(images.device)  # (B,3,H,W)
 
 
 def read_image(path, shape=None):
     """A picture file -> (3,H,W) f32 in [0,1], resized and cropped to `shape` (height, width) if given"""
     with loading(path):
-        picture = Image.open(path)
-        if picture.mode.startswith("I"):  # 16 bits a pixel, which convert would cut off at 255
-            picture = Image.fromarray(
-                (np.array(picture) / 257).clip(0, 255).round().astype(np.uint8)
-            )
-        picture = picture.convert("RGB")
-    if shape and picture.size != (shape[1], shape[0]):
+        picture = Image.open(path).convert("RGB")
+    if shape:  # one that fits stays as it is
         height, width = shape
-        scale = max(height / picture.height, width / picture.width)
-        wide = max(width, round(picture.width * scale))
-        high = max(height, round(picture.height * scale))
-        left = (wide - width) // 2
-        top = (high - height) // 2
-        picture = picture.resize((wide, high), Image.BICUBIC).crop(
-            (left, top, left + width, top + height)
-        )
+        picture = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255  # (3,H,W)
 
 
@@ -205,15 +193,12 @@ class Preprocess:
     def __init__(self, model):
         with loading(model):
             values, _ = ImageProcessingMixin.get_image_processor_dict(model)
-            pixels = values.get("crop_size") or values["size"]
-            self.pixels = (
-                pixels
-                if isinstance(pixels, int)
-                else pixels.get("height") or pixels["shortest_edge"]
-            )
-            self.mode = (
-                "bilinear" if values.get("resample") == Image.Resampling.BILINEAR else "bicubic"
-            )
+            size = values.get("crop_size") or values["size"]
+            if isinstance(size, dict):  # older ones hold the number alone
+                size = size.get("height") or size["shortest_edge"]
+            bilinear = values.get("resample") == Image.Resampling.BILINEAR
+            self.pixels = size
+            self.mode = "bilinear" if bilinear else "bicubic"
             self.mean = torch.tensor(values["image_mean"]).view(3, 1, 1)
             self.std = torch.tensor(values["image_std"]).view(3, 1, 1)
 
@@ -272,8 +257,8 @@ class Classifier:
 class Clip:
     """Alignment: cosine of picture and prompt by any CLIPModel: CLIP, LongCLIP (248 tokens), PickScore.
 
-    A longer text is cut, which is warned about each time that the number of cut texts doubles.
-    processor: where tokenizer and preprocessing come from, if not from the model.
+    A longer text is cut, with a warning. processor: where tokenizer and preprocessing come from, if not
+    from the model.
     """
 
     needs_prompt = True
@@ -283,9 +268,7 @@ class Clip:
         with loading(processor or model):
             self.tokenizer = AutoTokenizer.from_pretrained(processor or model)
         self.preprocess = Preprocess(processor or model)
-        self.name = model
         self.length = self.model.config.text_config.max_position_embeddings
-        self.cut = 0
 
     def features(self, images, layer=None):
         """Picture features for KID: (B,3,H,W) in [0,1] -> (B, D)
@@ -301,12 +284,9 @@ class Clip:
         return F.layer_norm(token, token.shape[-1:])
 
     def __call__(self, images, prompts):
-        before = self.cut
-        self.cut += sum(len(ids) > self.length for ids in self.tokenizer(prompts).input_ids)
-        if self.cut.bit_length() > before.bit_length():
-            warnings.warn(
-                f"{self.name} reads {self.length} tokens; {self.cut} texts were cut so far"
-            )
+        if max(len(ids) for ids in self.tokenizer(prompts).input_ids) > self.length:
+            # Python shows the same words once, not at each step
+            warnings.warn(f"alignment reads {self.length} tokens; longer texts are cut")
         tokens = self.tokenizer(
             prompts, padding=True, truncation=True, max_length=self.length, return_tensors="pt"
         )
@@ -323,26 +303,28 @@ KINDS = {"classifier": Classifier, "clip": Clip}
 
 def find_kind(name, cfg):
     """A reward's config -> its class or function, before any model loads; mistyped options show here."""
-    path, colon, attribute = cfg.kind.partition(":")
     where = f"rewards: {name}"
-    if colon and not Path(path).is_file() or not colon and path not in KINDS:
-        raise ConfigError(
-            f"{where}: kind {cfg.kind!r}; expected {', '.join(KINDS)} or path/to/file.py:name"
-        )
-    if colon:
+    path, _, attribute = cfg.kind.partition(":")
+    if cfg.kind in KINDS:
+        if not cfg.model:
+            raise ConfigError(
+                f"{where}: model is empty; expected a folder or a repository of the Hub"
+            )
+        check_folder(cfg.model, "config.json")
+        kind = KINDS[cfg.kind]
+    elif Path(path).is_file():
         spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # where a dataclass looks for its module
-        spec.loader.exec_module(module)
-        if not hasattr(module, attribute):
+        spec.loader.exec_module(module)  # a bug in it keeps its traceback
+        kind = getattr(module, attribute, None)
+        if not kind:
             raise ConfigError(
                 f"{where}: {path} has no {attribute!r}; expected a function or a class of it"
             )
-    elif not cfg.model:
-        raise ConfigError(f"{where}: model is empty; expected a folder or a repository of the Hub")
     else:
-        check_folder(cfg.model, "config.json")
-    kind = getattr(module, attribute) if colon else KINDS[path]
+        kinds = ", ".join(KINDS)
+        raise ConfigError(f"{where}: kind {cfg.kind!r}; expected {kinds} or path/to/file.py:name")
     with loading(f"{where}: args"):
         inspect.signature(kind).bind(None, None, **cfg.args)
     return kind
@@ -356,9 +338,7 @@ def load_rewards(configs, device="cpu"):
         if inspect.isclass(kinds[name]):
             rewards[name] = kinds[name](cfg.model, device, **cfg.args)
         else:
-            rewards[name] = lambda images, prompts, kind=kinds[name], args=cfg.args: kind(
-                images, prompts, **args
-            )
+            rewards[name] = partial(kinds[name], **cfg.args)
     return rewards
 
 
@@ -373,14 +353,11 @@ def score_batch(name, reward, images, prompts):
     # sys.exit in a reward must not end the run as if all were well
     except (Exception, SystemExit) as error:
         raise RuntimeError(f"reward {name!r} failed: {type(error).__name__}: {error}") from error
-    if value.shape != (len(images),):
+    # one NaN would be the mean, the advantages and the weights of all
+    if value.shape != (len(images),) or not value.isfinite().all():
+        found = f"shape {tuple(value.shape)}: {few(value.flatten().tolist())}"
         raise ConfigError(
-            f"rewards: {name} returned shape {tuple(value.shape)}; expected ({len(images)},)"
-        )
-    if not torch.isfinite(value).all():
-        text = prompts[int((~torch.isfinite(value)).nonzero()[0])]
-        raise ConfigError(
-            f"rewards: {name} returned a value that is not finite for {text!r}; expected a number"
+            f"rewards: {name} returned {found}; expected {len(images)} finite numbers"
         )
     return value.cpu()
 

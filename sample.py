@@ -4,9 +4,10 @@
     python sample.py config.yaml "a prompt" refiner=null        draw the words as they are
     python sample.py config.yaml score=true picture.png ...     what each reward says of each picture
 
-Drawn pictures go to <out>/drawn/ as PNG files that carry their prompt, rewrite, seed and model.
+Drawn pictures go to <out>/drawn/ as PNG files that carry their prompt, rewrite and seed.
 """
 
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ from reward import load_rewards, read_image, score, to_pil
 
 
 def with_lora(policy, folder):
-    """The policy with the LoRA of a run, where the run has left one"""
+    """The policy with the LoRA of a run, where the run has left one; told, or base would pass for trained"""
     if folder.is_dir():
         policy.load(folder)
     else:
@@ -35,35 +36,29 @@ def with_lora(policy, folder):
 def draw(cfg, prompts):
     """Rewrite and draw each prompt; prints rewrites and files"""
     out = Path(cfg.out)
-    device = ranks.pick_device(cfg.device)
-    dtype = getattr(torch, cfg.dtype)
+    place = (
+        ranks.pick_device(cfg.device),
+        getattr(torch, cfg.dtype),
+        cfg.micro_batch,
+    )
+    numbers = range(len(prompts))
     texts = prompts  # with refiner=null they are drawn as they are
     if cfg.refiner:
-        refiner = with_lora(Refiner(cfg.refiner, device, dtype, cfg.micro_batch), out / "refiner")
-        texts, _ = refiner.rollout(
-            prompts, 1, [("sample rewrite", cfg.seed, i) for i in range(len(prompts))]
-        )
-    generator = Generator(cfg.generator, device, dtype, cfg.micro_batch, cfg.offload)
-    generator = with_lora(generator, out / "generator")
-    # (B, 3, H, W)
-    images, _ = generator.rollout(texts, [("sample", cfg.seed, i) for i in range(len(texts))])
+        refiner = with_lora(Refiner(cfg.refiner, *place), out / "refiner")
+        texts, _ = refiner.rollout(prompts, 1, [("sample rewrite", cfg.seed, i) for i in numbers])
+    generator = with_lora(Generator(cfg.generator, *place, cfg.offload), out / "generator")
+    # (B, 3, H, W), Euler steps: nothing explores here
+    images, _ = generator.rollout(texts, [("sample", cfg.seed, i) for i in numbers])
     folder = out / "drawn"
     folder.mkdir(parents=True, exist_ok=True)
-    # above all that are there: after a deletion their count would name one that exists
-    taken = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdigit()]
-    number = max(taken, default=-1)
-    for picture, prompt, text in zip(to_pil(images), prompts, texts):
-        number += 1
+    # a name that is free: earlier pictures stay, whichever of them were deleted
+    names = (folder / f"{i:05d}.png" for i in itertools.count())
+    free = (path for path in names if not path.exists())
+    for path, picture, prompt, text in zip(free, to_pil(images), prompts, texts):
         info = PngInfo()
-        fields = {
-            "prompt": prompt,
-            "rewrite": text,
-            "seed": str(cfg.seed),
-            "model": cfg.generator.model,
-        }
-        for name, value in fields.items():
-            info.add_itxt(name, value)
-        path = folder / f"{number:05d}.png"
+        info.add_itxt("prompt", prompt)  # which score=true reads
+        info.add_itxt("rewrite", text)
+        info.add_itxt("seed", str(cfg.seed))
         picture.save(path, pnginfo=info)
         print(f"{path}: {text}")
 
@@ -74,37 +69,33 @@ def judge(cfg, paths):
     A reward that reads the prompt has a value where the picture carries one. Held-out detectors stay
     bench.py's.
     """
-    shape = cfg.generator.height, cfg.generator.width
+    shape = (cfg.generator.height, cfg.generator.width)
     images = torch.stack([read_image(path, shape) for path in paths])  # (B, 3, H, W)
-    prompts = [Image.open(path).info.get("prompt") for path in paths]
+    prompts = [Image.open(path).info.get("prompt", "") for path in paths]
+    # a table with tabs, for a terminal or a spreadsheet
     print("\t".join(["reward", *paths]))
     for name, config in (cfg.rewards.train | cfg.rewards.validation).items():
+        # made anew each time: together they may not fit
         reward = load_rewards({name: config}, ranks.pick_device(cfg.device))
+        values = score(reward, images, prompts, cfg.micro_batch)[name].tolist()
         reads_prompt = getattr(reward[name], "needs_prompt", False)
-        rows = [i for i, prompt in enumerate(prompts) if prompt or not reads_prompt]
-        cells = ["-"] * len(paths)
-        if rows:
-            values = score(reward, images[rows], [prompts[i] or "" for i in rows], cfg.micro_batch)[
-                name
-            ]
-            for i, value in zip(rows, values.tolist()):
-                cells[i] = f"{value:.3f}"
+        # without its prompt a picture's alignment says nothing
+        known = [prompt or not reads_prompt for prompt in prompts]
+        cells = [f"{value:.3f}" if know else "-" for value, know in zip(values, known)]
         print("\t".join([name, *cells]))
 
 
 def main(argv):
     # a prompt may hold "=", but does not start with a dotted key and one
-    keys = [word for word in argv[1:] if re.match(r"[\w.]+=", word) and word != "score=true"]
-    cfg = load_config(argv[:1] + keys)
-    things = [word for word in argv[1:] if word not in keys and word != "score=true"]
+    keys = [word for word in argv[1:] if re.match(r"[\w.]+=", word)]
+    things = [word for word in argv[1:] if word not in keys]
+    cfg = load_config(argv[:1] + [word for word in keys if word != "score=true"])
     if not things:
         raise ConfigError(
             'nothing to do; expected python sample.py config.yaml "a prompt" ..., or score=true picture ...'
         )
-    if "score=true" in argv:
-        judge(cfg, things)
-    else:
-        draw(cfg, things)
+    work = judge if "score=true" in keys else draw
+    work(cfg, things)
 
 
 if __name__ == "__main__":

@@ -71,18 +71,31 @@ def sde(name):
 
 
 def step_seconds():
-    """{phase: median seconds} of generator steps of the default config: 3 prompts x 24 pictures"""
+    """{part: median seconds} of generator steps of the default config: 3 prompts x 24 pictures"""
     import grpo  # not at the top, because the processes that measure memory import this file too
 
     os.chdir(ROOT)
     run = grpo.Run(grpo.load_config(["config.yaml", "refiner=null", f"device={DEVICE}"]))
+    spent = {"draw": [], "reward": [], "update": []}
+
+    def watch(part, name):
+        """run.<name> is timed from now on"""
+        work = getattr(run, name)
+
+        def timed(*args):
+            results = []
+            spent[part].append(clock(lambda: results.append(work(*args))))
+            return results[0]
+
+        setattr(run, name, timed)
+
+    watch("draw", "rollout")
+    watch("reward", "score")
+    watch("update", "update")
     stage = grpo.StageConfig("generator", prompts=3, images=24)
-    steps = []
     for iteration in range(RUNS + 1):
-        run.seconds = {}
         run.step(stage, iteration)
-        steps.append(run.seconds)
-    return {phase: statistics.median(step[phase] for step in steps[1:]) for phase in steps[0]}
+    return {part: statistics.median(times[1:]) for part, times in spent.items()}
 
 
 # ---------------------------------------------------------------- measuring
@@ -141,8 +154,8 @@ def measure():
         yield {"what": what, "unit": "MiB", "ours": ours, "formula": formula}
     times = seconds(sde("sde_log_ratio"), sde("sde_log_ratio_ref"))
     yield {"what": f"SDE log-ratio, {FLUX_LATENTS}", "unit": "s", **times}
-    for phase, median in step_seconds().items():
-        yield {"what": f"generator step, 72 pictures: {phase}", "unit": "s", "ours": median, "formula": None}
+    for part, median in step_seconds().items():
+        yield {"what": f"generator step, 72 pictures: {part}", "unit": "s", "ours": median, "formula": None}
 
 
 if __name__ == "__main__":

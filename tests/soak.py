@@ -62,7 +62,7 @@ def main(words):
         )
     rows = [json.loads(line) for line in (OUT / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if "reward" in row]
-    learnt = sum(bool(row.get("detectors")) for row in rows)
+    learnt = sum(any(row.get("detectors", {}).values()) for row in rows)
     print(f"{len(steps)} steps; detectors learnt in {learnt} of them")
     sys.exit(process.returncode or steps != list(range(len(steps))))
 

@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -149,7 +148,7 @@ MISTAKES = {
     "seed=true": "'True'.* seed",
     "seed=1.5": "'1.5'.* seed",
     "generator.lr=fast": "'fast'.* generator.lr",
-    "generator.sde=ddpm": "'ddpm'.*'cps'.* generator.sde",
+    "generator.sde=ode": "'ode'.*'cps'.* generator.sde",
     "generator.lr=.inf": "generator.lr: inf",
     "generator.window=10": "generator.window: 10; expected less than num_steps",
     "stages=[{images: 0}]": "stages.0.images: 0; expected",
@@ -158,8 +157,7 @@ MISTAKES = {
     "stages=[{keep_original: false}]": "no text to draw",
     "updates=2": "prompts: 9; expected a multiple of 2",
     "refiner=null": "refiner is null",
-    "generator.sde=ode": "generator.sde: ode",
-    "learners={smooth: {}}": "learners.smooth: not a training reward",
+    "learners={smooth: {}}": "learners.smooth",
     "rewards.train.semantic.kind=clasifier": "semantic.*'clasifier'",
     "rewards.train.semantic.model=nano/semantik": "nano/semantik is no folder",
     "prompts=no.txt": "no.txt",
@@ -423,24 +421,25 @@ def test_keep_says_which_look_is_kept(tmp_path, keep, step):
     The stage ends with the weights of that look.
     """
     (tmp_path / "samples").mkdir()
-    cfg = grpo.Config(out=str(tmp_path), keep=keep, eval_images=1)
+    stages = [grpo.StageConfig()]
+    cfg = grpo.Config(out=str(tmp_path), stages=stages, keep=keep, eval_images=1)
     cfg.keep_within = {"alignment": 0.02, "absent": 0.1}
-    run = SimpleNamespace(cfg=cfg, weights={"alignment": 1.0}, phase=nullcontext)
+    run = SimpleNamespace(cfg=cfg, weights={"alignment": 1.0})
     run.tensors = lambda: {"generator": {"lora": lora}}
     run.evaluate = lambda stage: (figures, torch.zeros(2, 3, 8, 8))
     lora = torch.zeros(1)
-    progress = {"iteration": 0, "first": None, "best": None}
-    for values in LOOKS:
+    looks = {}
+    for iteration, values in enumerate(LOOKS):
         figures = dict(zip(("score", "reward", "train_alignment"), values))
-        grpo.look(run, grpo.StageConfig(), progress)
-        progress["iteration"] += 1
+        grpo.look(run, grpo.StageConfig(), iteration, looks)
         lora += 1
     kept = []
     run.set_tensors = kept.append
     run.policies = {}
     rows = [{"step": 0, "stage": "0 generator", "validation": {"score": 0.1}}]
-    log = SimpleNamespace(rows=rows, say=print)
-    grpo.finish_stage(run, grpo.StageConfig(), progress | {"stage": 0}, log)
+    progress = {"looks": looks, "rows": rows}
+    grpo.finish_stage(run, 0, progress, SimpleNamespace(say=print))
+    assert not looks  # the next stage has its own
     assert kept[0]["generator"]["lora"].item() == step
 
 

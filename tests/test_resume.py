@@ -123,14 +123,14 @@ def test_killed_anywhere_and_resumed_is_never_killed(words, tmp_path):
     for one, other in zip(result(tmp_path / "whole"), result(cfg.out), strict=True):
         assert torch.equal(one, other) if torch.is_tensor(one) else one == other
     rows = [json.loads(line) for line in open(f"{cfg.out}/metrics.jsonl")]
-    assert sum(bool(row.get("detectors")) for row in rows) == 6
+    assert sum(bool(row.get("detectors", {}).get("learning")) for row in rows) == 6
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 0)])
 def test_a_stopped_run_finishes_its_step_and_saves_it(words, tmp_path, number, code):
     """Whatever save_every says; SIGTERM's exit code is 143, that of SIGINT 0."""
     assert signalled([*words, "save_every=99"], number) == code
-    assert [path.name for path in folder.checkpoints(tmp_path / "out")] == ["000002.00.pt"]
+    assert [path.name for path in folder.checkpoints(tmp_path / "out")] == ["000002.pt"]
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -138,14 +138,14 @@ def test_a_stopped_run_finishes_its_step_and_saves_it(words, tmp_path, number, c
 
 @pytest.fixture
 def saved(few):
-    """words -> Config, Run whose checkpoints of iterations 1, 2 and 3 were saved in this order, restore"""
+    """words -> Config, Run whose checkpoints of turns 1, 2 and 3 were saved in this order"""
     cfg = few(stage="train: generator, steps: 9, prompts: 2, images: 2")
     Path(cfg.out, "checkpoint").mkdir(parents=True)
     run = grpo.Run(cfg)
-    for iteration in (1, 2, 3):
+    for turn in (1, 2, 3):
         for p in run.generator.parameters():
-            p.data.fill_(iteration)
-        folder.save_checkpoint(cfg, run.state(), {"iteration": iteration, "stage": 0, "rows": []})
+            p.data.fill_(turn)
+        folder.save_checkpoint(cfg, run.state(), {"turn": turn, "rows": []})
     return cfg, run
 
 
@@ -153,8 +153,8 @@ def test_the_last_two_checkpoints_stay(saved):
     """The newest of them is taken; one that is half written counts for nothing."""
     cfg, run = saved
     Path(cfg.out, "checkpoint/writing").write_bytes(b"half")
-    assert [path.name for path in folder.checkpoints(cfg.out)] == ["000003.00.pt", "000002.00.pt"]
-    assert folder.load_checkpoint(cfg, run.restore)["iteration"] == 3
+    assert [path.name for path in folder.checkpoints(cfg.out)] == ["000003.pt", "000002.pt"]
+    assert folder.load_checkpoint(cfg, run.restore)["turn"] == 3
 
 
 def cut_off(path, saved):
@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(saved, harm, capsys):
     cfg, run = saved
     newest, before = folder.checkpoints(cfg.out)
     harm(newest, torch.load(newest, weights_only=True))
-    assert folder.load_checkpoint(cfg, run.restore)["iteration"] == 2
+    assert folder.load_checkpoint(cfg, run.restore)["turn"] == 2
     assert all((p == 2).all() for p in run.generator.parameters())
     assert f"{newest}" in capsys.readouterr().out.partition("falls back to the one before")[0]
     assert not Path(f"{newest}.went-off").exists()
@@ -214,7 +214,7 @@ def test_what_decides_the_result_may_not_change(saved, key, value):
     whole = getattr(cfg, key)
     setattr(cfg, key, value)
     with pytest.raises(
-        ConfigError, match=f"resume: {key}.* is not what .*000003.00.pt was written with"
+        ConfigError, match=f"resume: {key}.* is not what .*000003.pt was written with"
     ):
         folder.load_checkpoint(cfg, run.restore)
     setattr(cfg, key, whole)
@@ -230,7 +230,7 @@ def test_what_does_not_decide_it_may(saved):
     cfg.save_every = 7
     cfg.log = "wandb"
     cfg.bench = {"images": 3}
-    assert folder.load_checkpoint(cfg, run.restore)["iteration"] == 3
+    assert folder.load_checkpoint(cfg, run.restore)["turn"] == 3
 
 
 def test_two_runs_on_one_folder_are_refused(few):
