@@ -73,18 +73,14 @@ LORA = {
 }
 # of every picture, so that no codec gives a side away; colour is not subsampled, which small pictures show
 CODEC = dict(format="JPEG", quality=95, subsampling=0)
+AXES = (
+    "realism",
+    "detail",
+    "aesthetics",
+)  # RealBench's, which a judge that reads is asked
 GIVE_UP = 10  # questions that fail in a row before a judge is given up
 
 # ---------------------------------------------------------------- config
-
-
-@dataclass
-class AxesConfig:
-    """Which metrics speak for an axis: the detector judge takes their mean, and rates no axis without one."""
-
-    realism: list[str] = field(default_factory=lambda: ["heldout_a", "heldout_b"])
-    detail: list[str] = field(default_factory=lambda: ["naturalness"])
-    aesthetics: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -107,7 +103,9 @@ class BenchConfig:
     images: int = bounded("positive", 8)
     contestants: dict[str, str] = field(default_factory=dict)
     categories: str = ""
-    axes: AxesConfig = field(default_factory=AxesConfig)
+    axes: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # {axis: held-out measures}
     pairs: int = bounded("positive", 256)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     human: str = ""
@@ -365,10 +363,9 @@ def measure(run, cfg, rewards, pictures):
             for name, value in over(run, cfg, pictures, rows).items():
                 seen[name][metric] = value
     for scores in seen.values():
-        if cfg.bench.axes.realism:
-            scores["heldout"] = float(
-                np.mean([scores[name] for name in cfg.bench.axes.realism])
-            )
+        detectors = [scores[name] for name in cfg.bench.axes.get("realism", [])]
+        if detectors:
+            scores["heldout"] = float(np.mean(detectors))
     return seen
 
 
@@ -452,7 +449,7 @@ def parse(reply):
     """
     text = reply.rpartition("</think>")[2].lower()
     answers = {}
-    for axis in asdict(AxesConfig()):
+    for axis in AXES:
         found = re.findall(
             rf"\b{axis}\W*(?:is\W+)?(?:the\W+)?(first|second|tie)\b", text
         )
@@ -463,11 +460,17 @@ def parse(reply):
 
 def connect(cfg, device):
     """The model that is asked. ConfigError where there is none, or no key for it."""
-    options = asdict(cfg.bench.judge)
-    model = options.pop("model")
-    if options.pop("kind") == "vlm":
-        return Vlm(model, device, dtype=cfg.dtype)
-    return Endpoint(model, device, **options)
+    judge = cfg.bench.judge
+    if judge.kind == "vlm":
+        return Vlm(judge.model, device, dtype=cfg.dtype)
+    return Endpoint(
+        judge.model,
+        base_url=judge.base_url,
+        key=judge.key,
+        timeout=judge.timeout,
+        retries=judge.retries,
+        concurrency=judge.concurrency,
+    )
 
 
 class Judge:
@@ -490,10 +493,12 @@ class Judge:
         )  # another wording shares no answer with this one
         self.calls = Counter()
         self.failed_in_a_row = 0
-        self.axes = asdict(cfg.bench.axes)
-        if judge.kind == "detector":
+        self.axes = dict.fromkeys(AXES)
+        if (
+            judge.kind == "detector"
+        ):  # it takes the mean of the measures that speak for an axis
             self.axes = {
-                axis: metrics for axis, metrics in self.axes.items() if metrics
+                axis: metrics for axis, metrics in cfg.bench.axes.items() if metrics
             }
         self.log = folder.parent / "judgements.jsonl"
         data = self.log.read_bytes() if self.log.exists() else b""
@@ -829,9 +834,7 @@ def selftest(cfg, judge, photographs, look):
     levels. look([Picture]) -> {name: {metric: number}}
     """
     photographs = photographs[: cfg.bench.pairs]
-    metrics = [
-        metric for metrics in asdict(cfg.bench.axes).values() for metric in metrics
-    ]
+    metrics = [metric for metrics in cfg.bench.axes.values() for metric in metrics]
     result = defaultdict(dict)
     for distortion, (_, strengths) in tqdm(DISTORTIONS.items(), desc="selftest"):
         levels = [photographs]
@@ -944,13 +947,13 @@ def check(cfg, prompts):
         raise ConfigError(
             f"bench.contestants: {few(b.contestants)}; expected other names than {few(names[:5], 5)}"
         )
-    for axis, metrics in asdict(b.axes).items():
+    for axis, metrics in b.axes.items():
         for metric in metrics:
             if metric not in cfg.rewards.heldout:
                 raise ConfigError(
                     f"bench.axes.{axis}: {metric}; expected rewards.heldout's: {few(cfg.rewards.heldout, 9)}"
                 )
-    if b.judge.kind == "detector" and not any(asdict(b.axes).values()):
+    if b.judge.kind == "detector" and not any(b.axes.values()):
         raise ConfigError(
             "bench.judge.kind: detector, but bench.axes is empty; expected vlm or openai"
         )
@@ -999,7 +1002,7 @@ def main(cfg):
     for scores in seen.values():
         scores["reward"] = run.combine(scores)
 
-    result = {"pictures": len(prompts) * b.images, "axes": asdict(b.axes)}
+    result = {"pictures": len(prompts) * b.images, "axes": b.axes}
     result |= nest(figures_of(cfg, contestants, seen, categories))
     spaces = {"kid": run.features}
     spaces |= {
@@ -1020,7 +1023,7 @@ def main(cfg):
         axis: rating(results[axis], list(contestants)) for axis in judge.axes
     }
     if votes:
-        result["human"] = compare_people(votes, results["realism"])
+        result["human"] = compare_people(votes, results[next(iter(judge.axes))])
     if b.selftest:
         look = lambda pictures: measure(run, cfg, heldout, pictures)
         result["selftest"] = selftest(cfg, judge, contestants["photographs"], look)

@@ -80,7 +80,7 @@ def taught(cfg, images, prompts, photos, lessons):
     Each detector first takes `lessons` steps of the update that profiles.v2 is made of, against the pictures of the other half
     of the prompts. A win: it puts the picture above a photograph that it has not learnt from. 0.5: it cannot tell them apart.
     """
-    held_out = {name: cfg.rewards.heldout[name] for name in cfg.bench.axes.realism}
+    held_out = {name: cfg.rewards.heldout[name] for name in cfg.bench.axes["realism"]}
     wins = torch.zeros(len(held_out), len(prompts), len(images) // len(prompts))
     pictures = list(zip(R.as_bytes(images), [p for p in prompts for _ in range(wins.shape[2])]))
     numbers = torch.arange(len(pictures)).view(wins.shape[1:])  # (P, M)
@@ -163,7 +163,7 @@ def collect(cfgs):
     images, D). `photographs`: {metric: mean}, and their features.
     """
     learn = list(cfgs["learning", 0].learners)
-    held = cfgs["frozen", 0].bench.axes.realism
+    held = cfgs["frozen", 0].bench.axes["realism"]
     found = {}
     for kind in KINDS:
         of_kind = [c for (k, _), c in cfgs.items() if k == kind]

@@ -194,7 +194,7 @@ STOREYS = [
     "common",
     "kernels ranks pipeline",
     "generator refiner reward folder plots",
-    "learner vlm omniaid",
+    "learner vlm omniaid naturalness",
     "grpo",
     "bench sample",
 ]
