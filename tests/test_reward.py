@@ -94,7 +94,7 @@ def test_as_file_is_what_a_jpeg_would_hold(tmp_path):
 
 
 def test_kid_is_its_definition():
-    """The mean kernel over all pairs, but for those of a picture with itself."""
+    """The mean kernel over all pairs, but for those of a picture with itself, or with one of its prompt."""
     x = torch.randn(5, 3, dtype=torch.float64)
     y = torch.randn(4, 3, dtype=torch.float64)
 
@@ -102,7 +102,10 @@ def test_kid_is_its_definition():
         return np.mean([(a @ b / 3 + 1) ** 3 for a, b in pairs])
 
     want = mean(permutations(x, 2)) + mean(permutations(y, 2)) - 2 * mean(product(x, y))
-    assert R.kid(x, y) == pytest.approx(want)
+    assert R.kid(x, y, torch.arange(5)) == pytest.approx(want)
+    pairs = [(x[i], x[j]) for i in (0, 1) for j in (2, 3)]  # of two prompts with two pictures each
+    want += mean(pairs) - mean(permutations(x, 2)) - 2 * mean(product(x[:4], y)) + 2 * mean(product(x, y))
+    assert R.kid(x[:4], y, torch.tensor([7, 7, 3, 3])) == pytest.approx(want)
 
 
 # ---------------------------------------------------------------- kinds
