@@ -80,11 +80,11 @@ def settings(few, tmp_path):
 
 
 def check_close(one, other):
-    """{name: tensor or number}, up to what rounding does"""
+    """{name: tensor or number}, up to what rounding does; AdamW makes whole steps of gradients that are mere rounding"""
     assert one.keys() == other.keys()
     for name, value in one.items():
         if torch.is_tensor(value):
-            assert (value - other[name]).norm() <= 1e-3 * value.norm(), name
+            assert (value - other[name]).norm() <= 1e-2 * value.norm(), name
         else:
             assert other[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
