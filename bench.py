@@ -330,6 +330,16 @@ def gather(run, cfg, prompts, elsewhere, folder):
     return contestants
 
 
+def list_pictures(contestants, folder):
+    """<contestant>.jsonl, for measures of your own, in the layout of bench.contestants"""
+    for name, pictures in contestants.items():
+        rows = [
+            {"image": f"pictures/{x.file.name}", "prompt": x.text} for x in pictures
+        ]
+        lines = [json.dumps(row) for row in rows]
+        write(folder / f"{name}.jsonl", "\n".join(lines).encode())
+
+
 # ---------------------------------------------------------------- Detector-Scoring
 
 
@@ -408,6 +418,11 @@ def nest(figures):
             node = node.setdefault(name, {})
         node[path[-1]] = mean_interval(pairs)
     return result
+
+
+def features_of(run, cfg, pictures, features):
+    """features(images) of all [Picture] -> {name: (D,)} on the CPU"""
+    return over(run, cfg, pictures, lambda images, texts: features(images).cpu())
 
 
 def add_kid(result, metric, contestants, features):
@@ -986,17 +1001,7 @@ def main(cfg):
     run = grpo.Run(cfg, train=False)
     heldout = R.load_rewards(cfg.rewards.heldout, "cpu" if cfg.offload else run.device)
     contestants = gather(run, cfg, prompts, elsewhere, folder)
-    for (
-        name,
-        pictures,
-    ) in (
-        contestants.items()
-    ):  # for measures of your own, in the layout of bench.contestants
-        lines = [
-            json.dumps({"image": f"pictures/{x.file.name}", "prompt": x.text})
-            for x in pictures
-        ]
-        write(folder.parent / f"{name}.jsonl", "\n".join(lines).encode())
+    list_pictures(contestants, folder.parent)
     everything = sum(contestants.values(), [])
     seen = measure(run, cfg, run.rewards | heldout, everything)
     for scores in seen.values():
@@ -1005,14 +1010,13 @@ def main(cfg):
     result = {"pictures": len(prompts) * b.images, "axes": b.axes}
     result |= nest(figures_of(cfg, contestants, seen, categories))
     spaces = {"kid": run.features}
-    spaces |= {
-        f"kid_{name}": reward.features
-        for name, reward in heldout.items()
-        if hasattr(reward, "features")
-    }
+    for name, reward in heldout.items():
+        if hasattr(reward, "features"):
+            spaces[f"kid_{name}"] = reward.features
     for metric, features in spaces.items():
-        rows = over(run, cfg, everything, lambda images, texts: features(images).cpu())
-        add_kid(result, metric, contestants, rows)
+        add_kid(
+            result, metric, contestants, features_of(run, cfg, everything, features)
+        )
 
     judge = Judge(cfg, folder, seen, run.device)
     pictures = by_prompt(contestants, prompts)

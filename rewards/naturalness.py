@@ -26,18 +26,21 @@ from common import loading
 from reward import frozen, read_photos
 
 # luminance, red against green, yellow against blue
-OPPONENT = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])
+OPPONENT = torch.tensor(
+    [[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]]
+)
 OPPONENT = OPPONENT / OPPONENT.norm(dim=1, keepdim=True)
 NEIGHBOURS = [(0, 1), (1, 0), (1, 1), (1, -1)]  # dy, dx
-CONTRAST = (
-    5 / 255
-)  # what counts as flat; of 1, 3, 5 and 8 grey levels this one ranks all distortions of the bench
+# what counts as flat; of 1, 3, 5 and 8 grey levels this one ranks most distortions of the bench
+CONTRAST = 5 / 255
 SOFTNESS = 0.05  # of the rank, in log distance: beyond the last photograph there is still a slope
 
 
 def around(x):
     """Gaussian mean of 7 x 7 pixels: (B,C,H,W) -> the same"""
-    line = torch.exp(-(torch.arange(-3.0, 4.0, device=x.device) ** 2) / 2 / (7 / 6) ** 2)  # (7,)
+    line = torch.exp(
+        -(torch.arange(-3.0, 4.0, device=x.device) ** 2) / 2 / (7 / 6) ** 2
+    )  # (7,)
     line = (line / line.sum()).expand(x.shape[1], 1, 1, 7)  # (C,1,1,7)
     x = F.pad(x, (3, 3, 3, 3), mode="reflect")
     x = F.conv2d(x, line, groups=x.shape[1])
@@ -63,12 +66,16 @@ def statistics(images):
 
     Two scales up to 64 pixels, D = 111; one more for each doubling. 32 pixels at least.
     """
-    x = torch.einsum("oc,bchw->bohw", OPPONENT.to(images.device), images)  # (B,3,H,W)
+    x = torch.einsum(
+        "oc,bchw->bohw", OPPONENT.to(images.device), images
+    )  # (B,3,H,W)
     scales = 2 + max(0, math.ceil(math.log2(min(images.shape[2:]) / 64)))
     found = [(x.var((2, 3)) + 1e-6).log()]  # (B, 3)
     for _ in range(scales):
         mean = around(x)
-        deviation = (around(x.square()) - mean.square()).clamp(min=0).sqrt()  # (B,3,H,W)
+        deviation = (
+            (around(x.square()) - mean.square()).clamp(min=0).sqrt()
+        )  # (B,3,H,W)
         z = (x - mean) / (deviation + CONTRAST)
         maps = [z] + [z * z.roll(step, (2, 3)) for step in NEIGHBOURS]
         local = (deviation + CONTRAST).log()
@@ -85,7 +92,9 @@ def whitening(fitted):
     mean = fitted.mean(0)
     std = fitted.std(0) + 1e-6
     # a tenth of the identity: a hundred numbers of a few hundred photographs give no whole covariance
-    correlation = 0.9 * torch.corrcoef(((fitted - mean) / std).T) + 0.1 * torch.eye(len(std))
+    correlation = 0.9 * torch.corrcoef(
+        ((fitted - mean) / std).T
+    ) + 0.1 * torch.eye(len(std))
     values, vectors = torch.linalg.eigh(correlation)
     return mean, (vectors / values.sqrt()).T / std
 
@@ -105,7 +114,9 @@ class Naturalness:
 
     def __init__(self, model, device="cpu", *, reference, autoencoder=""):
         self.paths = model, reference
-        self.model = torch.nn.Module()  # what a visit to the GPU moves: nothing
+        self.model = (
+            torch.nn.Module()
+        )  # what a visit to the GPU moves: nothing
         self.vae = None
         if autoencoder:
             with loading(autoencoder):
@@ -114,7 +125,9 @@ class Naturalness:
                 )
             self.vae = frozen(vae, device)
         self.device = device
-        self.fitted = lru_cache(1)(self.fit)  # pictures of a run have one size
+        self.fitted = lru_cache(1)(
+            self.fit
+        )  # pictures of a run have one size
 
     @torch.no_grad()
     def photographs(self, path, shape):
@@ -124,7 +137,9 @@ class Naturalness:
             images = images.to(self.device)
             if self.vae:
                 latents = self.vae.encode(images * 2 - 1).latent_dist.mode()
-                images = (self.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+                images = (self.vae.decode(latents).sample / 2 + 0.5).clamp(
+                    0, 1
+                )
             rows.append(statistics(images).cpu())
         return torch.cat(rows)
 
@@ -134,7 +149,9 @@ class Naturalness:
         All photographs are fitted. Each half of the reference is measured by a fit without it, or it would stand
         nearer than a picture can.
         """
-        fitted, others = (self.photographs(path, shape) for path in self.paths)
+        fitted, others = (
+            self.photographs(path, shape) for path in self.paths
+        )
         halves = others[::2], others[1::2]
         distances = [
             log_distance(half, *whitening(torch.cat([fitted, other])))
@@ -148,6 +165,8 @@ class Naturalness:
         return (statistics(images).cpu() - mean) @ whiten.T
 
     def __call__(self, images, prompts):
-        distance = self.features(images).norm(dim=1, keepdim=True).log()  # (B, 1)
+        distance = (
+            self.features(images).norm(dim=1, keepdim=True).log()
+        )  # (B, 1)
         _, _, others = self.fitted(tuple(images.shape[2:]))
         return torch.sigmoid((others - distance) / SOFTNESS).mean(1)  # (B,)
