@@ -35,7 +35,8 @@ better: `kid`, and `kid_<name>` on the features of a held-out reward that has th
 answers that name the first picture, 0.5 is none.
 
 Intervals: pictures of one prompt are alike, so prompts are what is left out, one at a time (a jackknife, with
-Student's t); for photographs, pictures. tests/test_bench.py shows by simulation that they cover.
+Student's t); for photographs, pictures. tests/test_bench.py shows by simulation that those of
+means, differences, rates and KID cover; those of ratings were not simulated.
 """
 
 import base64
@@ -73,6 +74,8 @@ LORA = {
 }
 # of every picture, so that no codec gives a side away; colour is not subsampled, which small pictures show
 CODEC = dict(format="JPEG", quality=95, subsampling=0)
+# how the kinds of rewards begin that give P(real)
+P_REAL = ("classifier", "rewards/vlm", "rewards/omniaid")
 AXES = (
     "realism",
     "detail",
@@ -385,9 +388,8 @@ def figures_of(cfg, contestants, seen, categories):
     A photograph has the category of the prompt that its caption is.
     """
     rewards = cfg.rewards.train | cfg.rewards.heldout
-    detectors = [name for name, reward in rewards.items() if reward.kind != "clip"] + [
-        "heldout"
-    ]
+    detectors = [name for name in rewards if rewards[name].kind.startswith(P_REAL)]
+    detectors.append("heldout")
     figures = defaultdict(list)
     for name, pictures in contestants.items():
         for picture in pictures:

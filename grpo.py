@@ -397,9 +397,8 @@ class Run:
     def next_prompts(self, iteration, P):
         """The P prompts of a step; a permutation an epoch draws each once before any twice"""
         n = len(self.prompts)
-        draws = range(
-            iteration * P, (iteration + 1) * P
-        )  # counted over the run: resume needs no state
+        # counted over the run: resume needs no state
+        draws = range(iteration * P, (iteration + 1) * P)
         epochs = {i // n for i in draws}
         orders = {e: rng("prompts", self.cfg.seed, e).permutation(n) for e in epochs}
         return [self.prompts[orders[i // n][i % n]] for i in draws]

@@ -6,7 +6,7 @@ Every kind comes through one door, `kind` in the config:
 
     classifier    P(real) by any AutoModelForImageClassification; labels found by name
     clip          alignment: cosine by any CLIPModel (CLIP, LongCLIP, PickScore)
-    file.py:name  yours, or one of rewards/: Vlm, Endpoint, OmniAid. A *function* is the reward itself, `args`
+    file.py:name  yours, or one of rewards/: Vlm, Endpoint, OmniAid, Naturalness. A *function* is the reward itself, `args`
                   are its keyword arguments. A *class* is made once, name(model, device, **args), and the
                   object is the reward.
 

@@ -1,7 +1,7 @@
-"""Make everything in nano/: photographs, a FLUX, a chat LLM, a CLIP and five detectors, all small enough for a laptop CPU.
+"""Make everything in nano/: photographs, a FLUX, a chat LLM, two CLIPs and five detectors, all small enough for a laptop CPU.
 
     pip install -r requirements.txt -r nano/requirements.txt
-    python nano/prepare.py --photos FOLDER                 every stage in order, over an hour on two cores
+    python nano/prepare.py --photos FOLDER                 every stage in order, an hour or two on two cores
     python nano/prepare.py --photos FOLDER detectors       one stage again; stages hand each other files in --work
 
 `FOLDER` holds the pictures of Debian's lomiri-wallpapers-16.04 and -20.04, `dpkg -x`-ed; the others come from
@@ -11,7 +11,7 @@ The generator is *given a flaw on purpose*: 80% of the crops with a plain captio
 pushed), while crops whose caption has photographic cues ("raw photo", "film grain", "IMG_1018.CR2") stay as taken.
 So plain prompts draw the glossy look that text-to-image models are known for, and the natural look is within reach.
 
-Regions of a photograph: `train` (60%, holds the subject) for generator and trained detectors; of the rest, `test` (half) for the
+Regions of a photograph: `train` (the larger part, holds the subject) for generator and trained detectors; of the rest, `test` (half) for the
 bench alone, `validation` (a quarter) for the validation detector and KID, `judge` (a quarter) for the held-out detectors.
 """
 
@@ -654,7 +654,7 @@ def autoencoder_stage(args):
         shift_factor=0.0,
     )
     photos = to_float(load_crops(args.work, "train")[0])
-    g, steps, batch = torch.Generator().manual_seed(0), args.steps or 1000, 16
+    g, steps, batch = torch.Generator().manual_seed(0), args.steps or 1500, 16
     optimizer = Muon(vae.parameters(), 0.02, 2e-3)
     ema = [p.detach().clone() for p in vae.parameters()]
     bar = tqdm(range(steps), "autoencoder")
@@ -904,11 +904,11 @@ def flow_loss(pipe, x0, texts, g):
 def generator_stage(args):
     """Transformer and T5 encoder together by flow matching -> nano/flux, and snapshots for the detectors
 
-    Every 250 steps it is saved in full, and a later call goes on from there: this takes hours.
+    Every 250 steps it is saved in full, and a later call goes on from there: this takes an hour or more.
     """
     pipe, photos, meta = new_pipeline(), *load_crops(args.work, "train")
     photos, saved = to_float(photos), args.work / "generator.pt"
-    g, rng, steps, batch = torch.Generator().manual_seed(0), random.Random(3), args.steps or 12000, 32
+    g, rng, steps, batch = torch.Generator().manual_seed(0), random.Random(3), args.steps or 6000, 32
     both = [photos, photos.flip(3)]
     natural = [latents_of(pipe.vae, x) for x in both]
     glossy = [latents_of(pipe.vae, torch.cat([retouch(y, g, 1.0) for y in x.split(500)])) for x in both]
@@ -927,8 +927,6 @@ def generator_stage(args):
         rng.seed(first)
     bar = tqdm(range(first, steps), "generator", initial=first, total=steps)
     for step in bar:
-        if (args.work / "threads").exists():
-            torch.set_num_threads(int((args.work / "threads").read_text()))
         set_lr(optimizer, step, steps, warmup=50)
         latents, texts = [], []
         for i in torch.randint(0, len(photos), (batch,), generator=g).tolist():

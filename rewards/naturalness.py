@@ -10,9 +10,9 @@ sigma the mean and the deviation around a pixel, the coefficients of a photograp
 have nearly the same distribution whatever it shows. Blur, noise, JPEG, smoothing and grids change that of z or
 of the products of neighbours. Statistics of both are fitted on photographs; a picture's distance to them is
 Mahalanobis's; the reward is the share of other photographs that are farther away, so photographs have about 0.5.
-Higher is not more real without end: nothing is more typical than the mean of all photographs, so a policy that
-trains on this is paid for texture everywhere. Judge with it, next to a two-sided measure: bench.py also gives
-KID of these statistics.
+Higher is not more real without end: no photograph is as typical as the mean of all. The nano policy, which never
+trains on this, goes past photographs. So judge with it next to a two-sided measure: bench.py also gives KID of
+these statistics. What happens when a policy trains on it was not tried.
 """
 
 import math
@@ -26,9 +26,7 @@ from common import loading
 from reward import frozen, read_photos
 
 # luminance, red against green, yellow against blue
-OPPONENT = torch.tensor(
-    [[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]]
-)
+OPPONENT = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])
 OPPONENT = OPPONENT / OPPONENT.norm(dim=1, keepdim=True)
 NEIGHBOURS = [(0, 1), (1, 0), (1, 1), (1, -1)]  # dy, dx
 # what counts as flat; of 1, 3, 5 and 8 grey levels this one ranks most distortions of the bench
@@ -66,9 +64,7 @@ def statistics(images):
 
     Two scales up to 64 pixels, D = 111; one more for each doubling. 32 pixels at least.
     """
-    x = torch.einsum(
-        "oc,bchw->bohw", OPPONENT.to(images.device), images
-    )  # (B,3,H,W)
+    x = torch.einsum("oc,bchw->bohw", OPPONENT.to(images.device), images)  # (B,3,H,W)
     scales = 2 + max(0, math.ceil(math.log2(min(images.shape[2:]) / 64)))
     found = [(x.var((2, 3)) + 1e-6).log()]  # (B, 3)
     for _ in range(scales):
@@ -92,9 +88,9 @@ def whitening(fitted):
     mean = fitted.mean(0)
     std = fitted.std(0) + 1e-6
     # a tenth of the identity: a hundred numbers of a few hundred photographs give no whole covariance
-    correlation = 0.9 * torch.corrcoef(
-        ((fitted - mean) / std).T
-    ) + 0.1 * torch.eye(len(std))
+    correlation = 0.9 * torch.corrcoef(((fitted - mean) / std).T) + 0.1 * torch.eye(
+        len(std)
+    )
     values, vectors = torch.linalg.eigh(correlation)
     return mean, (vectors / values.sqrt()).T / std
 
@@ -114,9 +110,6 @@ class Naturalness:
 
     def __init__(self, model, device="cpu", *, reference, autoencoder=""):
         self.paths = model, reference
-        self.model = (
-            torch.nn.Module()
-        )  # what a visit to the GPU moves: nothing
         self.vae = None
         if autoencoder:
             with loading(autoencoder):
@@ -125,9 +118,8 @@ class Naturalness:
                 )
             self.vae = frozen(vae, device)
         self.device = device
-        self.fitted = lru_cache(1)(
-            self.fit
-        )  # pictures of a run have one size
+        # pictures of a run have one size
+        self.fitted = lru_cache(1)(self.fit)
 
     @torch.no_grad()
     def photographs(self, path, shape):
@@ -137,9 +129,7 @@ class Naturalness:
             images = images.to(self.device)
             if self.vae:
                 latents = self.vae.encode(images * 2 - 1).latent_dist.mode()
-                images = (self.vae.decode(latents).sample / 2 + 0.5).clamp(
-                    0, 1
-                )
+                images = (self.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
             rows.append(statistics(images).cpu())
         return torch.cat(rows)
 
@@ -149,9 +139,7 @@ class Naturalness:
         All photographs are fitted. Each half of the reference is measured by a fit without it, or it would stand
         nearer than a picture can.
         """
-        fitted, others = (
-            self.photographs(path, shape) for path in self.paths
-        )
+        fitted, others = (self.photographs(path, shape) for path in self.paths)
         halves = others[::2], others[1::2]
         distances = [
             log_distance(half, *whitening(torch.cat([fitted, other])))
@@ -165,8 +153,6 @@ class Naturalness:
         return (statistics(images).cpu() - mean) @ whiten.T
 
     def __call__(self, images, prompts):
-        distance = (
-            self.features(images).norm(dim=1, keepdim=True).log()
-        )  # (B, 1)
+        distance = self.features(images).norm(dim=1, keepdim=True).log()  # (B, 1)
         _, _, others = self.fitted(tuple(images.shape[2:]))
         return torch.sigmoid((others - distance) / SOFTNESS).mean(1)  # (B,)
