@@ -16,7 +16,16 @@ is linear:
 
 a is `noise_level`. `flow` is Flow-GRPO's step (arXiv 2505.05470). `cps` (arXiv 2509.05952) keeps the
 coefficients of data and noise, so that it leaves no noise in the picture, which is just what a detector
-would see. Log-probs are means over latent dimensions (nats per dimension), never sums.
+would see.
+
+There are two log-probs of a picture, both means over latent dimensions (nats per dimension), never sums:
+
+    path   of the stochastic steps that drew it, as recorded (Flow-GRPO)
+    elbo   of the finished latents x0, noised again (AWM, arXiv 2509.25050; V-GRPO, arXiv 2604.23380):
+           log_prob = -1/2 mean (v(x_t, t) - (eps - x0))^2 at x_t = (1-t) x0 + t eps
+
+elbo needs no stochastic step, so a rollout may take few Euler steps, and keeps nothing but x0. The pictures
+of a prompt share t and eps, or the luck of the noise would look like their merit.
 """
 
 import math
@@ -32,7 +41,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from common import ConfigError, bounded, check_adapter, loading, rng, torch_seed
-from kernels import gaussian_log_prob, sde_log_ratio
+from kernels import gaussian_log_prob, per_sample_mean, sde_log_ratio
 from pipeline import EncodeOnce, call_pipeline, load_pipeline, visiting
 
 ATTENTION = [
@@ -60,6 +69,10 @@ class GeneratorConfig:
     sde: Literal["cps", "flow"] = "cps"
     noise_level: float = bounded("positive", 0.8)
     window: int = bounded("positive", 2)
+    log_prob: Literal["path", "elbo"] = "path"
+    times: int = bounded("positive", 2)
+    extremes: int = bounded("natural", 0)
+    draw_steps: int = bounded("positive", 10)
     lora_rank: int = bounded("positive", 16)
     lora_alpha: int = bounded("positive", 32)
     lora_targets: list[str] = field(default_factory=lambda: ATTENTION + MLP)
@@ -71,10 +84,14 @@ class GeneratorConfig:
     gradient_checkpointing: bool = False
 
     def check(self):
-        if self.window >= self.num_steps:
+        if self.log_prob == "path" and self.window >= self.draw_steps:
             raise ConfigError(
-                f"generator.window: {self.window}; expected less than num_steps, {self.num_steps}, "
+                f"generator.window: {self.window}; expected less than draw_steps, {self.draw_steps}, "
                 "because the last step is never stochastic"
+            )
+        if self.log_prob == "elbo" and self.times > self.num_steps:
+            raise ConfigError(
+                f"generator.times: {self.times}; expected at most num_steps, {self.num_steps}"
             )
         if self.sde == "cps" and self.noise_level > 1:
             raise ConfigError(f"generator.noise_level: {self.noise_level}; cps expects at most 1")
@@ -89,6 +106,25 @@ class Step:
     x: torch.Tensor  # (B, ...) latents before it, as the pipeline keeps them
     x_next: torch.Tensor  # (B, ...) latents after it
     v: torch.Tensor  # (B, ...) the velocity that drew it
+
+
+@dataclass
+class Noised:
+    """Finished pictures, noised again to one time of the grid; tensors have B rows."""
+
+    index: int  # place in the time grid
+    t: float
+    x0: torch.Tensor  # (B, ...) finished latents, the same tensor for all times
+    keys: list  # B keys of the noise, for `rng`
+    old_log_probs: dict = field(
+        default_factory=dict
+    )  # row -> (), of rows that an earlier update changes
+
+    def at(self, rows):
+        """x_t and the velocity eps - x0 of the straight line through it, (b, ...) each, in f32"""
+        x0 = self.x0[rows].float()  # (b, ...)
+        eps = normal([rng(*self.keys[row]) for row in rows], x0.shape[1:]).to(x0.device)  # (b, ...)
+        return (1 - self.t) * x0 + self.t * eps, eps - x0
 
 
 def join(parts):
@@ -109,7 +145,8 @@ class Trajectory:
     """What a rollout leaves to learn from"""
 
     encode: EncodeOnce  # its prompts, encoded
-    steps: list  # the window's Steps
+    num_steps: int  # of the time grid in which `steps` have their places
+    steps: list  # Step of each place in the window, or Noised of each time
 
 
 # ---------------------------------------------------------------- maths
@@ -128,11 +165,21 @@ def sde_coefficients(sde, t, s, noise_level, t_1):
     return (1 - s) + k, -(1 - s) * t + k * (1 - t), std
 
 
+def elbo(v, target):
+    """-1/2 mean (v - target)^2, a bound on log p(x0) but for constants and a weight by t: (b, ...) -> (b,)"""
+    return -per_sample_mean((v.float() - target) ** 2) / 2
+
+
 def draw_window(num_steps, window, rng):
     """The stochastic steps of an iteration: neighbours in the first half of the grid, never the last step"""
     last_start = max(min(num_steps // 2, num_steps - 1) - window, 0)
     start = int(rng.integers(0, last_start + 1))
     return range(start, start + window)
+
+
+def draw_times(num_steps, times, rng):
+    """The places in the grid at which pictures are noised again: one in each of `times` equal parts"""
+    return [int((part + rng.random()) * num_steps / times) for part in range(times)]
 
 
 def normal(rngs, shape):
@@ -196,6 +243,7 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
         if stochastic:
             x_next = x_next + std * self.noise(sample.shape[1:]).to(sample.device)
         x_next = x_next.to(sample.dtype)
+        self.latest = x_next  # (B, ...), in the end the finished latents
         if stochastic:
             self.steps.append(Step(i, (c_x, c_v, std), sample, x_next, model_output))
         return (x_next,)
@@ -244,7 +292,8 @@ class Generator:
         window = range(self.cfg.num_steps // 2)  # where draw_window draws from
         with loading(f"generator: {type(self.pipe).__name__} of {self.cfg.model}"), torch.no_grad():
             images, record = self.rollout(["a photo"], [("check",)], window)
-            replayed = [self.replay(record, step, [0]) for step in record.steps]
+            self.grid = self.scheduler.grid  # num_steps + 1 times
+            replayed = [self.replay(record, step.index, step.x, [0]) for step in record.steps]
         drawn = tuple(images.shape[2:])
         if drawn != (self.cfg.height, self.cfg.width):
             asked = f"{self.cfg.height}, {self.cfg.width}"
@@ -334,16 +383,19 @@ class Generator:
 
     # ------------------------------------------------ drawing
 
-    def rollout(self, prompts, keys, window=()):
-        """Draw one picture per prompt; steps in `window` are stochastic and recorded, all others Euler.
+    def rollout(self, prompts, keys, window=(), times=(), num_steps=None):
+        """Draw one picture per prompt in num_steps, the config's if None -> images, Trajectory
 
-        prompts: B texts. keys: B tuples for `rng`, such as ("picture", seed, iteration, prompt, sample);
-        noise depends on nothing else, so a batch may be split in any way. Returns images (B,3,H,W) f32 in
-        [0,1] on the CPU, and a Trajectory.
+        Steps in `window` are stochastic and recorded, all others Euler; or the finished latents are kept, to
+        be noised again to `times`, places in the config's grid. prompts: B texts. keys: B tuples for `rng`,
+        such as ("picture", seed, iteration, prompt, sample); noise depends on nothing else, so a batch may
+        be split in any way. images: (B,3,H,W) f32 in [0,1] on the CPU.
         """
+        num_steps = num_steps or self.cfg.num_steps
         encoders = lambda: visiting(self.pipe, self.waiting, self.device)
         encode = EncodeOnce(self.pipe, prompts, encoders, self.micro_batch)
         images = []
+        finished = []
         steps = []
         for first in range(0, len(prompts), self.micro_batch):
             rows = range(first, min(first + self.micro_batch, len(prompts)))
@@ -353,8 +405,9 @@ class Generator:
             self.scheduler.record(self.cfg, window, noise)
             with torch.no_grad():
                 # (b, 3, H, W)
-                image = call_pipeline(self.pipe, self.cfg, encode, rows, noise, "pt")
+                image = call_pipeline(self.pipe, self.cfg, num_steps, encode, rows, noise, "pt")
             images.append(image.float().clamp(0, 1).cpu())
+            finished.append(self.scheduler.latest)
             steps.append(self.scheduler.steps)
         self.scheduler.off()
         images = torch.cat(images)
@@ -362,14 +415,23 @@ class Generator:
             raise ConfigError(
                 "generator: pictures are not finite: it has diverged; a lower generator.lr may help"
             )
-        return images, Trajectory(encode, [join(parts) for parts in zip(*steps)])
+        if not times:
+            return images, Trajectory(encode, num_steps, [join(parts) for parts in zip(*steps)])
+        x0 = torch.cat(finished)  # (B, ...)
+        # a key without its last part, the sample: the pictures of a prompt share their noise
+        noised = [
+            Noised(i, self.grid[i], x0, [("noised", *key[1:-1], i) for key in keys]) for i in times
+        ]
+        return images, Trajectory(encode, self.cfg.num_steps, noised)
 
-    def replay(self, record, step, rows):
-        """The velocity of a recorded step for some rows, with grad: (b, ...)"""
-        self.scheduler.replay(step.index)
+    def replay(self, record, index, x, rows):
+        """The velocity at a place in the grid for some rows of latents x, with grad: (b, ...)"""
+        self.scheduler.replay(index)
         try:
-            latents = lambda shape: step.x[rows]  # (b, ...)
-            call_pipeline(self.pipe, self.cfg, record.encode, rows, latents, "latent")
+            latents = lambda shape: x
+            call_pipeline(
+                self.pipe, self.cfg, record.num_steps, record.encode, rows, latents, "latent"
+            )
         finally:
             self.scheduler.off()
         return self.scheduler.velocity
@@ -391,14 +453,51 @@ class Generator:
         return self.cfg.clip_range, self.cfg.clip_range
 
     def count(self, record, rows):
-        """What the loss of these rows is divided by: their stochastic steps"""
+        """What the loss of these rows is divided by: their stochastic steps, or times"""
         return len(rows) * len(record.steps)
 
+    @torch.no_grad()
     def remember(self, record, rows):
-        """Old log-probs of rows that an earlier update changes: the rollout recorded what gives them."""
+        """Old log-probs of rows that an earlier update changes; a path has recorded what gives them."""
+        if self.cfg.log_prob == "path":
+            return
+        for step in record.steps:
+            for first in range(0, len(rows), self.micro_batch):
+                batch = rows[first : first + self.micro_batch]
+                x, target = step.at(batch)  # (b, ...)
+                v = self.replay(record, step.index, x, batch)  # (b, ...)
+                step.old_log_probs |= dict(zip(batch, elbo(v, target)))
 
     def terms(self, record, rows):
-        """One stochastic step after another -> log_ratio (b, 1) with grad, kl (b, 1), weight, figures
+        """One step or time after another -> log_ratio (b, 1) with grad, kl (b, 1), weight, figures"""
+        measure = self.path_terms if self.cfg.log_prob == "path" else self.elbo_terms
+        for step in record.steps:
+            log_ratio, kl = measure(record, step, rows)  # (b,) each
+            yield log_ratio[:, None], kl[:, None], 1.0, {}
+
+    def velocities(self, record, index, x, rows):
+        """That of the policy, with grad, and that of the reference; None where beta does not ask for it"""
+        v = self.replay(record, index, x, rows)  # (b, ...)
+        if not self.cfg.beta:
+            return v, None
+        with torch.no_grad(), self.reference():
+            return v, self.replay(record, index, x, rows)
+
+    def elbo_terms(self, record, step, rows):
+        """ratio = exp(log_prob - old_log_prob) of finished pictures; KL: mean((v - ref_v)^2)"""
+        x, target = step.at(rows)  # (b, ...)
+        v, ref_v = self.velocities(record, step.index, x, rows)  # (b, ...)
+        log_prob = elbo(v, target)  # (b,)
+        old = log_prob.detach()
+        if rows[0] in step.old_log_probs:
+            old = torch.stack([step.old_log_probs[row] for row in rows])  # (b,)
+        kl = torch.zeros_like(old)
+        if ref_v is not None:
+            kl = per_sample_mean((v.float() - ref_v.float()) ** 2)  # (b,)
+        return log_prob - old, kl
+
+    def path_terms(self, record, step, rows):
+        """The ratio of a recorded step, by config.ratio
 
         guard   ratio = exp(mean(eps_old (mean - mean_old)) / |c_v|), eps_old = (x_next - mean_old) / std
                 GRPO-Guard's (arXiv 2510.22319): the plain ratio has a bias and a scale that differ from step
@@ -406,19 +505,14 @@ class Generator:
         ppo     ratio = exp(log_prob - old_log_prob), the plain one
         KL      exact, mean((mean - mean_ref)^2) / 2 std^2
         """
-        for step in record.steps:
-            v = self.replay(record, step, rows)  # (b, ...)
-            ref_v = None
-            if self.cfg.beta:
-                with torch.no_grad(), self.reference():
-                    ref_v = self.replay(record, step, rows)  # (b, ...)
-            x = step.x[rows]  # (b, ...)
-            x_next = step.x_next[rows]  # (b, ...)
-            old_v = step.v[rows]  # (b, ...)
-            c_x, c_v, std = step.coefficients
-            # each (b,)
-            log_prob, log_ratio, kl = sde_log_ratio(x, v, x_next, old_v, ref_v, c_x, c_v, std)
-            if self.cfg.ratio == "ppo":
-                old_mean = c_x * x.float() + c_v * old_v.float()  # (b, ...)
-                log_ratio = log_prob - gaussian_log_prob(x_next.float(), old_mean, std)
-            yield log_ratio[:, None], kl[:, None], 1.0, {}
+        x = step.x[rows]  # (b, ...)
+        v, ref_v = self.velocities(record, step.index, x, rows)  # (b, ...)
+        x_next = step.x_next[rows]  # (b, ...)
+        old_v = step.v[rows]  # (b, ...)
+        c_x, c_v, std = step.coefficients
+        # each (b,)
+        log_prob, log_ratio, kl = sde_log_ratio(x, v, x_next, old_v, ref_v, c_x, c_v, std)
+        if self.cfg.ratio == "ppo":
+            old_mean = c_x * x.float() + c_v * old_v.float()  # (b, ...)
+            log_ratio = log_prob - gaussian_log_prob(x_next.float(), old_mean, std)
+        return log_ratio, kl

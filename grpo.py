@@ -52,7 +52,7 @@ from torch.utils._pytree import tree_map
 import ranks
 from common import ConfigError, bounded, check_bounds, loading, rng, torch_seed
 from folder import Log, checkpoints, load_checkpoint, lock, save_checkpoint
-from generator import Generator, GeneratorConfig, draw_window
+from generator import Generator, GeneratorConfig, draw_times, draw_window
 from learner import Learner, Photographs, UpdateConfig
 from plots import save_before_after, save_curves, save_grid
 from refiner import Refiner, RefinerConfig, cue_share
@@ -223,6 +223,15 @@ def advantages(scores, weights, groups):
     return sum(parts).clamp(-5, 5)
 
 
+def extremes(advantage, k):
+    """(groups, G) -> bool: the k worst and k best of each group, who are told most; all where k is 0"""
+    if k == 0:
+        return torch.ones_like(advantage, dtype=torch.bool)
+    order = advantage.argsort(1)  # (groups, G)
+    trained = torch.zeros_like(advantage, dtype=torch.bool)
+    return trained.scatter(1, order[:, :k], True).scatter(1, order[:, -k:], True)
+
+
 def clipped_loss(log_ratio, advantage, low, high):
     """PPO's pessimistic bound, -min(r A, clip(r, 1 - low, 1 + high) A) -> loss, whether the clip acted
 
@@ -342,10 +351,12 @@ class Run:
             # A picture is compared with the pictures of its own text. Among all pictures of the prompt, a
             # good text would give its pictures an advantage that they did nothing for.
             advantage = advantages(scores, self.weights, P * N).view(P, N * M)
-            row["generator"] = self.update("generator", trajectory, advantage)
+            trained = extremes(advantage, self.cfg.generator.extremes)  # (P, N*M)
+            row["generator"] = self.update("generator", trajectory, advantage, trained)
         if stage.train != "generator":
             advantage = self.text_advantages(rewrites, scores, stage)  # (P, rewrites)
-            row["refiner"] = self.update("refiner", rewrites, advantage)
+            trained = torch.ones_like(advantage, dtype=torch.bool)
+            row["refiner"] = self.update("refiner", rewrites, advantage, trained)
             shares = {
                 "cue_share": cue_share(rewrites.texts, self.cfg.refiner.cues) / ranks.WORLD,
                 "bad_format": rewrites.bad_format.mean().item() / ranks.WORLD,
@@ -378,6 +389,7 @@ class Run:
         # Rewrites are compared on the same noise (common random numbers), or the luck of the noise would hide
         # what the words are worth. Pictures that train have noise of their own: it is what they explore with.
         M = stage.images
+        draw_steps = cfg.generator.draw_steps
         stride = 0 if stage.train == "refiner" else M
         keys = [
             ("picture", cfg.seed, iteration, p, n * stride + m)
@@ -385,13 +397,16 @@ class Run:
             for n in range(stage.texts)
             for m in range(M)
         ]
-        window = ()
+        places = {}
         if stage.train != "refiner":
-            # one window for the whole step, or the log-ratios of a group would differ in scale
+            # the same for the whole step, or the log-ratios of a group would differ in scale
             chance = rng("window", cfg.seed, iteration)
-            window = draw_window(cfg.generator.num_steps, cfg.generator.window, chance)
+            if cfg.generator.log_prob == "path":
+                places["window"] = draw_window(draw_steps, cfg.generator.window, chance)
+            else:
+                places["times"] = draw_times(cfg.generator.num_steps, cfg.generator.times, chance)
         texts = [text for text in texts for _ in range(M)]  # p*N*M
-        images, trajectory = self.generator.rollout(texts, keys, window)
+        images, trajectory = self.generator.rollout(texts, keys, num_steps=draw_steps, **places)
         return rewrites, images, trajectory
 
     def next_prompts(self, iteration, P):
@@ -416,17 +431,18 @@ class Run:
         weights = self.weights | {"format": self.cfg.refiner.format_penalty}
         return advantages(scores, weights, P)[:, users:]
 
-    def update(self, name, record, advantage):
+    def update(self, name, record, advantage, trained):
         """`updates` optimizer steps of either policy, each on an equal part of the prompt groups -> figures
 
-        advantage (P, G) of all ranks; the record is this rank's, p*G rows. The loss is a sum over rows,
-        divided by what the policy counts in all of the part, so that micro-batches and ranks change
-        nothing.
+        advantage (P, G) of all ranks, and which of them are trained; the record is this rank's, p*G rows.
+        The loss is a sum over rows, divided by what the policy counts in all of the part, so that
+        micro-batches and ranks change nothing.
         """
         policy = self.policies[name]
         updates = self.cfg.updates
         advantage = ranks.mine(advantage).flatten()[:, None].to(self.device)  # (p*G, 1)
-        parts = [part.tolist() for part in torch.arange(len(advantage)).chunk(updates)]
+        rows = ranks.mine(trained).flatten().nonzero().flatten()  # as many of each group
+        parts = [part.tolist() for part in rows.chunk(updates)]
         # the first part needs no old log-probs: when it is trained, the policy is the one that drew it
         policy.remember(record, sum(parts[1:], []))
         figures = defaultdict(float)

@@ -160,7 +160,7 @@ class EncodeOnce:
 # ---------------------------------------------------------------- the call
 
 
-def call_pipeline(pipe, cfg, encode, rows, latents, output_type):
+def call_pipeline(pipe, cfg, num_steps, encode, rows, latents, output_type):
     """The pipeline's own call for some rows of a rollout, without its no_grad -> what it draws, (b, ...)
 
     latents: shape -> (b, *shape), what it starts from. Handing them over as the call's `latents` would
@@ -188,7 +188,7 @@ def call_pipeline(pipe, cfg, encode, rows, latents, output_type):
             prompt=encode.chunk,
             height=cfg.height,
             width=cfg.width,
-            num_inference_steps=cfg.num_steps,
+            num_inference_steps=num_steps,
             generator=torch.Generator(),  # for the latents that are replaced
             output_type=output_type,
             return_dict=False,

@@ -22,7 +22,9 @@ from common import ConfigError, rng
 from generator import (
     Generator,
     GeneratorConfig,
+    draw_times,
     draw_window,
+    elbo,
     normal,
     sde_coefficients,
 )
@@ -123,6 +125,15 @@ def test_the_window_is_early_and_never_last():
     assert draw_window(10, 9, rngs[0]) == range(9)
 
 
+def test_times_are_spread_over_the_grid():
+    """One in each of two equal parts of ten places, each of which comes up"""
+    rngs = [np.random.default_rng(i) for i in range(200)]
+    drawn = [draw_times(10, 2, r) for r in rngs]
+    assert {first for first, _ in drawn} == {0, 1, 2, 3, 4}
+    assert {second for _, second in drawn} == {5, 6, 7, 8, 9}
+    assert draw_times(5, 5, rngs[0]) == [0, 1, 2, 3, 4]
+
+
 # ---------------------------------------------------------------- record and replay
 
 EXACT = [(name, torch.float32) for name in BUILDERS]
@@ -139,7 +150,8 @@ def test_replay_repeats_the_rollout_bit_for_bit(
     assert images.shape == (4, 3, 16, 16)
     assert 0 <= images.min() < images.max() <= 1
     for step in record.steps:
-        assert torch.equal(gen.replay(record, step, ROWS), step.v)
+        v = gen.replay(record, step.index, step.x, ROWS)
+        assert torch.equal(v, step.v)
     for gen.cfg.ratio in ("ppo", "guard"):
         for log_ratio, *_ in gen.terms(record, ROWS):
             assert torch.equal(log_ratio.exp(), torch.ones(4, 1))
@@ -261,7 +273,7 @@ def test_ratio_and_kl_are_those_of_the_normal_distribution(tiny_generator):
         record.steps, gen.terms(record, ROWS), strict=True
     ):
         c_x, c_v, std = step.coefficients
-        v = gen.replay(record, step, ROWS)
+        v = gen.replay(record, step.index, step.x, ROWS)
         new, old = [
             Normal(c_x * step.x + c_v * u, std) for u in (v, step.v)
         ]
@@ -300,6 +312,103 @@ def test_splits_and_checkpointing_leave_loss_and_gradient_alone(
     close = functools.partial(assert_close, rtol=1e-3, atol=1e-6)
     whole = run([ROWS], False)
     close(run([[0], [3, 1, 2]], True), whole)
+
+
+# ---------------------------------------------------------------- elbo
+
+MEMBERS = [("picture", 0, 0, row // 2, row % 2) for row in range(4)]
+FIRST = [0, 1]  # the pictures of the first prompt
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_elbo_is_flow_matching_weighted_by_the_advantage(
+    tiny_generator, name
+):
+    """At ratio 1 the loss has the gradient of A mean((v - (eps - x0))^2) / 2, which reaches all of the LoRA.
+
+    x0 is what the pipeline's own decoder makes the picture of.
+    """
+    gen = tiny_generator(
+        name, call=guided(name), log_prob="elbo", beta=0.0
+    )
+    images, record = gen.rollout(PROMPTS, MEMBERS, times=[1, 4], num_steps=3)
+    x0 = record.steps[0].x0  # (4, ...)
+    plain, _ = gen.rollout(PROMPTS, MEMBERS, num_steps=3)
+    assert torch.equal(images, plain)
+    assert torch.equal(gen.scheduler.latest, x0)
+    advantage = torch.tensor([[1.0], [-2.0], [0.5], [0.7]])
+    total = 0
+    for log_ratio, *_ in gen.terms(record, ROWS):
+        assert not log_ratio.any()
+        total += clipped_loss(log_ratio, advantage, *gen.clip())[0].sum()
+    got = torch.autograd.grad(total, gen.parameters())
+    matching = 0
+    for place in (1, 4):
+        keys = [("noised", 0, 0, row // 2, place) for row in ROWS]
+        eps = normal([rng(*key) for key in keys], x0.shape[1:])  # (4, ...)
+        t = gen.grid[place]
+        v = gen.replay(record, place, (1 - t) * x0 + t * eps, ROWS)
+        square = (v - (eps - x0)).square().flatten(1).mean(1)  # (4,)
+        matching += (advantage[:, 0] * square).sum() / 2
+    want = torch.autograd.grad(matching, gen.parameters())
+    assert all(g.any() for g in got)
+    assert_close(got, want, rtol=1e-3, atol=1e-6)
+
+
+def test_equal_pictures_of_a_prompt_teach_nothing(tiny_generator):
+    """They share t and noise, so what the noise is worth cancels: the advantages of a group sum to 0."""
+    gen = tiny_generator(log_prob="elbo", beta=0.0)
+    _, record = gen.rollout(PROMPTS, MEMBERS, times=[0, 3])
+    x0 = record.steps[0].x0  # (4, ...)
+    x0[1] = x0[0]
+    for advantage in ([1.0, -1.0], [1.0, 1.0]):
+        signs = torch.tensor(advantage)[:, None]  # (2, 1)
+        total = sum((r * signs).sum() for r, *_ in gen.terms(record, FIRST))
+        grads = torch.autograd.grad(total, gen.parameters())
+        size = sum(g.square().sum() for g in grads).sqrt()
+        assert (size < 1e-5) == (sum(advantage) == 0)
+
+
+def test_the_kl_of_elbo_is_that_of_the_velocities(tiny_generator):
+    """mean((v - v_ref)^2), 0 while the LoRA is zero"""
+    gen = tiny_generator(perturb=0, log_prob="elbo", beta=1.0)
+    _, record = gen.rollout(PROMPTS, MEMBERS, times=[2])
+    ((_, kl, *_),) = gen.terms(record, ROWS)
+    assert not kl.any()
+    x, _ = record.steps[0].at(ROWS)
+    ref_v = gen.replay(record, 2, x, ROWS)  # (4, ...)
+    nudge(gen)
+    ((_, kl, *_),) = gen.terms(record, ROWS)
+    v = gen.replay(record, 2, x, ROWS)  # (4, ...)
+    assert_close(kl[:, 0], (v - ref_v).square().flatten(1).mean(1))
+    assert (kl > 0).all()
+
+
+def test_elbo_points_where_the_exact_gradient_does():
+    """x0 ~ N(mu, 1/4), whose best velocity is known: E[A d elbo / d mu] is along E[A d log p / d mu].
+
+    For three rewards: larger, smaller and farther from mu is better; the last moves mu nowhere.
+    """
+    g = torch.Generator().manual_seed(0)
+    mu = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    n, variance = 100_000, 0.25
+    x0, eps, u = torch.randn(3, n, generator=g, dtype=torch.float64)
+    x0 = x0 * variance**0.5
+    t = (u / 2**0.5).erf() / 2 + 0.5  # uniform
+    x = (1 - t) * x0 + t * eps
+    off = x - (1 - t) * mu
+    total = (1 - t) ** 2 * variance + t**2  # the variance of x
+    v = (t - (1 - t) * variance) / total * off - mu  # E[eps - x0 | x]
+    log_prob = elbo(v[:, None], (eps - x0)[:, None])  # (n,)
+    for reward, exact in ((x0, 1), (-x0, -1), (x0**2, 0)):
+        A = (reward - reward.mean()) / reward.std()
+        (slope,) = torch.autograd.grad(
+            (A * log_prob).mean(), mu, retain_graph=True
+        )
+        score = (A * x0 / variance).mean()  # E[A d log p / d mu]
+        assert round(score.item() * variance**0.5, 1) == exact
+        assert slope.item() == pytest.approx(exact * slope.abs().item(), abs=0.02)
+        assert exact == 0 or slope.abs() > 0.2
 
 
 # ---------------------------------------------------------------- LoRA

@@ -69,7 +69,7 @@ def spy(monkeypatch):
         calls = []
         work = getattr(owner, name)
         monkeypatch.setattr(
-            owner, name, lambda *args: calls.append(args) or work(*args)
+            owner, name, lambda *args, **more: calls.append(args) or work(*args, **more)
         )
         return calls
 
@@ -150,7 +150,7 @@ MISTAKES = {
     "generator.lr=fast": "'fast'.* generator.lr",
     "generator.sde=ode": "'ode'.*'cps'.* generator.sde",
     "generator.lr=.inf": "generator.lr: inf",
-    "generator.window=10": "generator.window: 10; expected less than num_steps",
+    "generator.window=10": "generator.window: 10; expected less than draw_steps",
     "stages=[{images: 0}]": "stages.0.images: 0; expected",
     "stages=[{images: 1}]": "stages.0.*group of one",
     "stages=[{train: refiner, rewrites: 1, keep_original: no}]": "group of one",
@@ -210,14 +210,21 @@ def test_arrows_go_one_way():
         assert max([storey.get(other, -1) for other in found]) < storey[name], name
 
 
-def test_two_uses_never_draw_the_same_noise(few, spy):
-    """numpy pads a seed with zeros: numbers alone would not keep a window from a look's first picture."""
-    cfg = few(stage=JOINT)
+@pytest.mark.parametrize("log_prob", ["path", "elbo"])
+def test_two_uses_never_draw_the_same_noise(few, spy, log_prob):
+    """numpy pads a seed with zeros: numbers alone would not keep a window from a look's first picture.
+
+    Only elbo's noise is drawn more than once: for all pictures of a prompt.
+    """
+    cfg = few(f"generator.log_prob={log_prob}", stage=JOINT)
     run = grpo.Run(cfg)
     calls = [spy(module, "rng") for module in (grpo, generator, refiner)]
     run.step(cfg.stages[0], 0)
     run.evaluate(cfg.stages[0])
     keys = sum(calls, [])
+    shared = {key for key in keys if key[0] == "noised"}
+    assert len(shared) == (4 if log_prob == "elbo" else 0)  # 2 prompts at 2 times
+    keys = [key for key in keys if key not in shared] + list(shared)
     assert len({rng(*key).random() for key in keys}) == len(keys) > 30
 
 
@@ -252,6 +259,16 @@ def test_a_group_of_equal_rewards_gives_nothing():
     assert second.abs().max() > 1
 
 
+def test_extremes_are_the_worst_and_best_of_each_group():
+    """As many of each group, whatever it holds; 0, or more than there are, trains all."""
+    advantage = torch.tensor([[0.1, -3.0, 2.0, 0.2, 1.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    first, second = grpo.extremes(advantage, 1)
+    assert first.tolist() == [False, True, True, False, False]
+    assert second.sum() == 2
+    assert grpo.extremes(advantage, 2)[0].tolist() == [True, True, True, False, True]
+    assert grpo.extremes(advantage, 0).all() and grpo.extremes(advantage, 3).all()
+
+
 # ratio, advantage, slope of the loss in the log-ratio
 SLOPES = [(1, 2, -2), (2, 2, 0), (0.5, 2, -1), (0.5, -2, 0), (2, -2, 4)]
 
@@ -279,8 +296,9 @@ def test_in_a_joint_stage_either_policy_has_its_own_groups(few, monkeypatch):
     scores = {"bright": torch.randn(18), "smooth": torch.zeros(18)}  # P*N*M
     monkeypatch.setattr(run, "score", lambda *_: scores)
 
-    def update(name, record, advantage):
+    def update(name, record, advantage, trained):
         given[name] = advantage
+        assert trained.all()
         return {}
 
     monkeypatch.setattr(run, "update", update)
@@ -332,7 +350,7 @@ def test_batches_are_prompt_major(few, spy, stage):
     drawn = spy(run.generator, "rollout")
     scored = spy(run, "score")
     run.step(stage, 0)
-    texts, keys, _ = drawn[0]
+    texts, keys = drawn[0]
     words = scored[0][2]
     N, M = stage.texts, stage.images
     assert words == [
@@ -347,8 +365,10 @@ def test_batches_are_prompt_major(few, spy, stage):
         assert len({*keys}) == 2 * N * M
 
 
-def test_gradients_do_not_depend_on_the_micro_batch(few, monkeypatch):
+@pytest.mark.parametrize("log_prob", ["path", "elbo"])
+def test_gradients_do_not_depend_on_the_micro_batch(few, monkeypatch, log_prob):
     """All pictures and rewrites at once or in fives: one gradient for either policy."""
+    words = [f"generator.log_prob={log_prob}", "generator.extremes=3"]
     kept = []
 
     def keep(run, name):
@@ -359,7 +379,7 @@ def test_gradients_do_not_depend_on_the_micro_batch(few, monkeypatch):
 
     monkeypatch.setattr(grpo.Run, "optimize", keep)
     for micro_batch in (18, 5):
-        cfg = few(f"micro_batch={micro_batch}", stage=JOINT)
+        cfg = few(f"micro_batch={micro_batch}", *words, stage=JOINT)
         grpo.Run(cfg).step(cfg.stages[0], 0)
     for whole, split in zip(kept[:2], kept[2:]):
         assert whole.norm() > 0
@@ -385,14 +405,16 @@ def test_figures_do_not_grow_with_updates(few):
         assert rows[0][name] > 1e-3
 
 
-def test_the_second_update_compares_with_the_rollout(few, spy):
+@pytest.mark.parametrize("log_prob", ["path", "elbo"])
+def test_the_second_update_compares_with_the_rollout(few, spy, log_prob):
     """The ratio is 1 in the first, and no longer in the second, whose weights are not those that drew."""
-    cfg = few("updates=2", "micro_batch=9", stage=JOINT)
+    words = ["updates=2", "micro_batch=9", f"generator.log_prob={log_prob}"]
+    cfg = few(*words, stage=JOINT)
     losses = spy(grpo, "clipped_loss")
     run = grpo.Run(cfg)
     run.step(cfg.stages[0], 0)
     change = [log_ratio.abs().max().item() for log_ratio, *_ in losses]
-    pictures = change[:4]  # of 2 updates, each on the 2 steps of the window
+    pictures = change[:4]  # of 2 updates, each on the 2 steps of the window, or 2 times
     rewrites = change[4:]
     assert max(*pictures[:2], rewrites[0]) < 1e-6
     assert min(*pictures[2:], rewrites[1]) > 1e-5
@@ -458,11 +480,14 @@ FORK = [
 ]
 
 
-@pytest.mark.parametrize("ratio", ["guard", "ppo"])
-def test_a_reward_of_ones_own_rises_and_its_weights_are_kept(few, ratio):
+WAYS = ["ratio=guard", "ratio=ppo", "log_prob=elbo"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_reward_of_ones_own_rises_and_its_weights_are_kept(few, way):
     """Brightness, with no judge beside it: it rises on prompts and noise that never trained."""
     stage = "train: generator, steps: 8, prompts: 4, images: 8"
-    cfg = few(*FORK, f"generator.ratio={ratio}", stage=stage)
+    cfg = few(*FORK, f"generator.{way}", stage=stage)
     grpo.train(cfg)
     rows = [json.loads(line) for line in open(f"{cfg.out}/metrics.jsonl")]
     looks = [row["validation"]["reward"] for row in rows if "validation" in row]
@@ -486,7 +511,7 @@ def test_a_toy_reward_rises_for_the_refiner(few, monkeypatch):
     )
     run = grpo.Run(cfg)
 
-    def rollout(texts, keys, window):
+    def rollout(texts, keys, num_steps):
         bright = torch.tensor([float("photo" in text) for text in texts])
         return bright.view(-1, 1, 1, 1).expand(-1, 3, 16, 16), None
 
