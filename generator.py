@@ -41,7 +41,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from common import ConfigError, bounded, check_adapter, loading, rng, torch_seed
-from kernels import gaussian_log_prob, per_sample_mean, sde_log_ratio
+from kernels import gaussian_log_prob, per_sample_mean, sde_log_ratio, velocity_kl
 from pipeline import EncodeOnce, call_pipeline, load_pipeline, visiting
 
 ATTENTION = [
@@ -69,17 +69,17 @@ class GeneratorConfig:
     sde: Literal["cps", "flow"] = "cps"
     noise_level: float = bounded("positive", 0.8)
     window: int = bounded("positive", 2)
-    log_prob: Literal["path", "elbo"] = "path"
+    log_prob: Literal["path", "elbo"] = "elbo"
     times: int = bounded("positive", 2)
-    extremes: int = bounded("natural", 0)
-    draw_steps: int = bounded("positive", 10)
+    extremes: int = bounded("natural", 6)
+    draw_steps: int = bounded("positive", 5)
     lora_rank: int = bounded("positive", 16)
     lora_alpha: int = bounded("positive", 32)
     lora_targets: list[str] = field(default_factory=lambda: ATTENTION + MLP)
     lr: float = bounded("positive", 1e-3)
     ratio: Literal["guard", "ppo"] = "guard"
-    clip_range: float = bounded("positive", 2e-3)
-    beta: float = bounded("natural", 1.05)
+    clip_range: float = bounded("positive", 1e-3)
+    beta: float = bounded("natural", 0.15)
     ema: float = bounded("decay", 0.8)
     gradient_checkpointing: bool = False
 
@@ -103,6 +103,7 @@ class Step:
 
     index: int  # place in the time grid
     coefficients: tuple  # c_x, c_v, std
+    h: float  # how far it goes
     x: torch.Tensor  # (B, ...) latents before it, as the pipeline keeps them
     x_next: torch.Tensor  # (B, ...) latents after it
     v: torch.Tensor  # (B, ...) the velocity that drew it
@@ -245,7 +246,8 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
         x_next = x_next.to(sample.dtype)
         self.latest = x_next  # (B, ...), in the end the finished latents
         if stochastic:
-            self.steps.append(Step(i, (c_x, c_v, std), sample, x_next, model_output))
+            h = self.grid[i] - self.grid[i + 1]
+            self.steps.append(Step(i, (c_x, c_v, std), h, sample, x_next, model_output))
         return (x_next,)
 
 
@@ -469,11 +471,11 @@ class Generator:
                 step.old_log_probs |= dict(zip(batch, elbo(v, target)))
 
     def terms(self, record, rows):
-        """One step or time after another -> log_ratio (b, 1) with grad, kl (b, 1), weight, figures"""
+        """One step or time after another -> log_ratio (b, 1) with grad, kl (b, 1), scale, weight, figures"""
         measure = self.path_terms if self.cfg.log_prob == "path" else self.elbo_terms
         for step in record.steps:
-            log_ratio, kl = measure(record, step, rows)  # (b,) each
-            yield log_ratio[:, None], kl[:, None], 1.0, {}
+            log_ratio, kl, scale = measure(record, step, rows)  # (b,), (b,)
+            yield log_ratio[:, None], kl[:, None], scale, 1.0, {}
 
     def velocities(self, record, index, x, rows):
         """That of the policy, with grad, and that of the reference; None where beta does not ask for it"""
@@ -493,17 +495,17 @@ class Generator:
             old = torch.stack([step.old_log_probs[row] for row in rows])  # (b,)
         kl = torch.zeros_like(old)
         if ref_v is not None:
-            kl = per_sample_mean((v.float() - ref_v.float()) ** 2)  # (b,)
-        return log_prob - old, kl
+            kl = velocity_kl(v, ref_v)  # (b,)
+        return log_prob - old, kl, 1.0
 
     def path_terms(self, record, step, rows):
-        """The ratio of a recorded step, by config.ratio
+        """The ratio of a recorded step, by config.ratio, and mean((v - ref_v)^2)
 
-        guard   ratio = exp(mean(eps_old (mean - mean_old)) / |c_v|), eps_old = (x_next - mean_old) / std
+        guard   ratio = exp(mean(eps_old (mean - mean_old))), eps_old = (x_next - mean_old) / std
                 GRPO-Guard's (arXiv 2510.22319): the plain ratio has a bias and a scale that differ from step
-                to step. This one has neither, so that one clip range fits all steps.
+                to step. This one has neither, so that one clip range fits all steps. Its advantages are
+                divided by h, as published, because a step moves the mean by about h times the velocity.
         ppo     ratio = exp(log_prob - old_log_prob), the plain one
-        KL      exact, mean((mean - mean_ref)^2) / 2 std^2
         """
         x = step.x[rows]  # (b, ...)
         v, ref_v = self.velocities(record, step.index, x, rows)  # (b, ...)
@@ -512,7 +514,7 @@ class Generator:
         c_x, c_v, std = step.coefficients
         # each (b,)
         log_prob, log_ratio, kl = sde_log_ratio(x, v, x_next, old_v, ref_v, c_x, c_v, std)
-        if self.cfg.ratio == "ppo":
-            old_mean = c_x * x.float() + c_v * old_v.float()  # (b, ...)
-            log_ratio = log_prob - gaussian_log_prob(x_next.float(), old_mean, std)
-        return log_ratio, kl
+        if self.cfg.ratio == "guard":
+            return log_ratio, kl, 1 / step.h
+        old_mean = c_x * x.float() + c_v * old_v.float()  # (b, ...)
+        return log_prob - gaussian_log_prob(x_next.float(), old_mean, std), kl, 1.0

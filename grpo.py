@@ -15,14 +15,14 @@ images of each text. Batches are prompt-major, (P, N, M):
       -> refiner.rollout      texts (P*N), and a record of how
       -> generator.rollout    images (P*N*M, 3, H, W), and a record of how
       -> score                {name: (P*N*M,)}, higher = more real
-      -> advantages           A = clip(sum_r w_r (r - mean_group r) / (std_group r + 1e-4), -5, 5)
+      -> advantages           A = clip(mean_r w_r (r - mean_group r) / (std_group r + 1e-4), -5, 5)
       -> update               loss = -min(ratio A, clip(ratio) A) + beta KL, for either policy
 
 A stage trains `refiner` (generator frozen), `generator` (refiner frozen) or `joint` (one set of pictures
 trains both). GRPO does not know which policy is a diffusion model and which an LLM. Both have:
 
     rollout(...)            what it made, and a record of how
-    terms(record, rows)     log-ratios and KL of some rows of the record, with gradients
+    terms(record, rows)     log-ratios and KL of some rows of the record, with gradients, and their weights
     count(record, rows)     what the loss of these rows is divided by
     remember(record, rows)  keep old log-probs, before the first of several updates
     clip(), parameters(), state(), update_ema(), save(folder), load(folder)
@@ -73,29 +73,16 @@ from reward import (
 class StageConfig:
     """One of the stages of a run. A group, whose members are compared, has 2 or more of them."""
 
-    train: Literal["refiner", "generator", "joint"] = "generator"
-    steps: int = bounded("natural", 24)
+    train: Literal["refiner", "generator", "joint"] = "joint"
+    steps: int = bounded("natural", 16)
     prompts: int = bounded("positive", 9)  # P
-    rewrites: int = bounded("natural", 0)  # how many are sampled
+    rewrites: int = bounded("natural", 3)  # how many are sampled
     keep_original: bool = True  # one more text: the user's words
-    images: int = bounded("positive", 24)  # M
+    images: int = bounded("positive", 6)  # M
 
     @property
     def texts(self):  # N
         return self.rewrites + self.keep_original
-
-
-def default_stages():
-    # the refiner first: its words move the pictures far at little cost, and the generator starts from there
-    first = StageConfig(
-        "refiner",
-        steps=12,
-        prompts=8,
-        rewrites=8,
-        keep_original=False,
-        images=2,
-    )
-    return [first, StageConfig("generator")]
 
 
 @dataclass
@@ -116,7 +103,7 @@ class Config:
     validation_photos: str = "nano/photos/validation.jsonl"
     test_photos: str = "nano/photos/test.jsonl"
     autoencode_photos: bool = True
-    stages: list[StageConfig] = field(default_factory=default_stages)
+    stages: list[StageConfig] = field(default_factory=lambda: [StageConfig()])
     micro_batch: int = bounded("positive", 36)
     updates: int = bounded("positive", 1)
     weight_decay: float = bounded("natural", 1e-4)
@@ -214,13 +201,13 @@ def standardise(rewards):
 
 
 def advantages(scores, weights, groups):
-    """{name: (B,)} -> (groups, G), B = groups * G: standardised rewards, summed by weight, clipped to +-5
+    """{name: (B,)} -> (groups, G), B = groups * G: the weighted mean of standardised rewards, clipped to +-5
 
-    Standardising before the sum makes a weight mean the same for every reward, whatever its scale.
+    Standardising before the mean makes a weight mean the same for every reward, whatever its scale.
     """
     # each (groups, G)
     parts = [weights[name] * standardise(r.view(groups, -1)) for name, r in scores.items()]
-    return sum(parts).clamp(-5, 5)
+    return (sum(parts) / sum(weights.values())).clamp(-5, 5)
 
 
 def extremes(advantage, k):
@@ -451,8 +438,9 @@ class Run:
             count = ranks.sum_figures({"rows": policy.count(record, part)})["rows"]
             for first in range(0, len(part), self.cfg.micro_batch):
                 rows = part[first : first + self.cfg.micro_batch]
-                for log_ratio, kl, weight, more in policy.terms(record, rows):  # (b, L) each
-                    loss, clipped = clipped_loss(log_ratio, advantage[rows], *policy.clip())
+                for log_ratio, kl, scale, weight, more in policy.terms(record, rows):  # (b, L)
+                    A = scale * advantage[rows]  # (b, 1)
+                    loss, clipped = clipped_loss(log_ratio, A, *policy.clip())
                     loss = loss + policy.cfg.beta * kl
                     terms = {
                         "loss": loss,

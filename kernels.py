@@ -43,37 +43,36 @@ def gaussian_log_prob(x_next, mean, std):
     return -square / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
 
 
-def guard_log_ratio(x_next, mean, old_mean, std, c_v):
-    """GRPO-Guard, arXiv 2510.22319, in velocity units: mean(eps_old (mean - old_mean)) / |c_v| -> (B,)
+def guard_log_ratio(x_next, mean, old_mean, std):
+    """GRPO-Guard, arXiv 2510.22319: mean(eps_old (mean - old_mean)) -> (B,)
 
     eps_old = (x_next - old_mean) / std. The plain log-ratio has the bias -mean((mean - old_mean)^2) / 2 std^2
     and a scale 1 / std that differs from step to step. This one has neither: one clip range fits every step.
     """
     eps_old = (x_next - old_mean) / std  # (B, ...), the noise that drew x_next
-    return per_sample_mean(eps_old * (mean - old_mean)) / abs(c_v)
+    return per_sample_mean(eps_old * (mean - old_mean))
 
 
-def gaussian_kl(mean, ref_mean, std):
-    """Exact KL(N(mean, std^2) || N(ref_mean, std^2)), a mean over latent dimensions: (B, ...) -> (B,)
+def velocity_kl(v, ref_v):
+    """mean((v - ref_v)^2): (B, ...) -> (B,)
 
-    std is that of the whole step, so it includes sqrt(h).
+    The KL of a step is c_v^2 / 2 std^2 times this. Without the factor all steps weigh alike, as published.
     """
-    return per_sample_mean((mean - ref_mean) ** 2) / (2 * std**2)
+    return per_sample_mean((v.float() - ref_v.float()) ** 2)
 
 
 def sde_log_ratio_ref(x, v, x_next, old_v, ref_v, c_x, c_v, std):
     """`sde_log_ratio` by its formulas"""
     x_next = x_next.float()
+    v = v.float()
     drift = c_x * x.float()  # (B, ...)
-    mean = drift + c_v * v.float()
+    mean = drift + c_v * v
     old_mean = drift + c_v * old_v.float()
     log_prob = gaussian_log_prob(x_next, mean, std)  # (B,)
-    guard = guard_log_ratio(x_next, mean, old_mean, std, c_v)
+    guard = guard_log_ratio(x_next, mean, old_mean, std)
     if ref_v is None:
         return log_prob, guard, torch.zeros_like(guard)
-    ref_mean = drift + c_v * ref_v.float()
-    kl = gaussian_kl(mean, ref_mean, std)
-    return log_prob, guard, kl
+    return log_prob, guard, velocity_kl(v, ref_v)
 
 
 # The chain above makes a dozen tensors as large as the latents. But all that it returns is in three means,
@@ -160,8 +159,8 @@ def sde_log_ratio(x, v, x_next, old_v, ref_v, c_x, c_v, std):
     """A recorded step under the velocity v -> log_prob, GRPO-Guard's log-ratio to old_v, KL to ref_v
 
     x, x_next (B, ...): latents before and after the step. v, old_v, ref_v (B, ...): velocities, new, recorded
-    and of the reference; ref_v None: KL 0. All f32, bf16 or f16. c_x, c_v, std: floats, c_v not 0. Returns
-    three (B,) f32, in nats per latent dimension. Only v gets a gradient.
+    and of the reference; ref_v None: KL 0. All f32, bf16 or f16. c_x, c_v, std: floats. Returns three (B,)
+    f32, means over latent dimensions. Only v gets a gradient.
     """
     if not use_triton(x):
         return sde_log_ratio_ref(x, v, x_next, old_v, ref_v, c_x, c_v, std)
@@ -170,9 +169,7 @@ def sde_log_ratio(x, v, x_next, old_v, ref_v, c_x, c_v, std):
     means = _StepMeans.apply(c_x, c_v, x, v, x_next, old_v, ref_v)
     square, guard, distance = means.unbind(1)  # (B,) each
     log_prob = -square / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
-    guard = guard * math.copysign(1, c_v) / std
-    kl = distance * c_v**2 / (2 * std**2)
-    return log_prob, guard, kl
+    return log_prob, guard * c_v / std, distance
 
 
 # ---------------------------------------------------------------- 2. log-probs of tokens, without logits
@@ -180,7 +177,9 @@ def sde_log_ratio(x, v, x_next, old_v, ref_v, c_x, c_v, std):
 
 def token_log_probs_ref(hidden, weight, ids, temperature):
     """`token_log_probs` by its formula, with all logits"""
-    logits = (hidden @ weight.T).float()  # (..., V), rounded to the model's dtype first, as its own head does
+    logits = (
+        hidden @ weight.T
+    ).float()  # (..., V), rounded to the model's dtype first, as its own head does
     log_p = (logits / temperature).log_softmax(-1)
     log_probs = log_p.gather(-1, ids[..., None])[..., 0]  # (...)
     log_p = log_p.detach()
@@ -304,7 +303,9 @@ class _TokenLogProbs(torch.autograd.Function):
         chosen = torch.linalg.vecdot(hidden.float(), target) / temperature  # (n,), the id's own l
         log_probs = chosen - top - sums.log()
         entropy = sums.log() - weighted / sums
-        u = (target - total / sums[:, None]) / temperature  # (n, D), unused where total was not summed
+        u = (
+            target - total / sums[:, None]
+        ) / temperature  # (n, D), unused where total was not summed
         ctx.save_for_backward(u.to(hidden.dtype))
         ctx.mark_non_differentiable(entropy)
         return log_probs, entropy
@@ -324,7 +325,9 @@ def token_log_probs(hidden, weight, ids, temperature=1.0):
     from the log-probs alone. Raises ValueError if the head is trainable.
     """
     if weight.requires_grad:
-        raise ValueError("the head is trainable, and token_log_probs has no gradient for it; freeze it")
+        raise ValueError(
+            "the head is trainable, and token_log_probs has no gradient for it; freeze it"
+        )
     if not hidden.is_cuda and ids.numel() * len(weight) <= SMALL:
         return token_log_probs_ref(hidden, weight, ids, temperature)
     tokens, width = TILE["cuda" if hidden.is_cuda else "cpu"]

@@ -312,7 +312,7 @@ class Refiner:
             record.old_log_probs |= dict(zip(batch, self.log_probs(record, batch)[0]))
 
     def terms(self, record, rows):
-        """-> log_ratio (b, K+L) with grad, kl, weight, {"entropy"}: the same shape, zero outside the mask"""
+        """-> log_ratio (b, K+L) with grad, kl, scale, weight, {"entropy"}: zero outside the mask"""
         log_probs, entropy = self.log_probs(record, rows)  # (b, K+L)
         mask = record.mask[rows]  # (b, K+L)
         length = mask.sum(1, keepdim=True)  # (b, 1)
@@ -328,4 +328,4 @@ class Refiner:
                 ref_log_probs = self.log_probs(record, rows)[0]  # (b, K+L)
             kl = k3_kl(log_probs, ref_log_probs)
         divisors = {"dapo": 1, "grpo": length, "dr_grpo": self.cfg.max_new_tokens, "gspo": length}
-        yield log_ratio, kl, mask / divisors[self.cfg.loss], {"entropy": entropy}
+        yield log_ratio, kl, 1.0, mask / divisors[self.cfg.loss], {"entropy": entropy}

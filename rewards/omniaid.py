@@ -7,8 +7,8 @@ In every attention projection, with a gate g_i of expert i that is the same in a
     y = W x + bias + sum_i g_i U_i diag(S_i) V_i x
 
 W is the stock weight without its smallest singular values. V1 has experts of rank 1 and a router that reads
-the mean patch embedding. V2 has rank 8 and a router that reads the pooled output of a frozen CLIP. One expert
-and no router is Effort. B pictures, T tokens (class token, then patches), D width, E experts, r rank.
+the mean patch embedding. V2 has rank 8 and a router that reads the pooled output of a frozen CLIP. Effort has
+one expert of rank 1, its residual, and no router; it is evaluated with ImageNet's statistics. B pictures, T tokens (class token, then patches), D width, E experts, r rank.
 """
 
 import argparse
@@ -17,7 +17,12 @@ import torch
 from huggingface_hub import hf_hub_download
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
 
 from common import check_finite, loading
 from reward import frozen, p_real, resize
@@ -32,6 +37,9 @@ SHAPE = {
 }
 # part of a published name -> what the stock CLIPVisionModel calls it, and we
 NAMES = {
+    "module.": "",
+    "backbone.": "",
+    "_residual": "_experts.0",
     "encoder_layers": "encoder.layers",
     "ln_pre": "pre_layrnorm",
     "ln_post": "post_layernorm",
@@ -39,7 +47,7 @@ NAMES = {
     "gating_network.network": "router",
 }
 # buffers in the published files that only the authors' training reads
-UNUSED = ("U_r", "V_r", "weight_original_fnorm", "position_ids")
+UNUSED = ("U_r", "S_r", "V_r", "weight_original_fnorm", "position_ids")
 
 
 class Network(CLIPVisionModel):
@@ -116,17 +124,20 @@ class OmniAid:
     """The reward, P(real). ConfigError: no such file; names, shapes or numbers that are not a whole model's.
 
     Pictures are prepared as published, but in float: resized to 512 x 512, then to the model's size, both
-    bilinear. file: its name in a Hub repository. resize: pixels of the first resize, 0 for none, as for
-    Effort.
+    bilinear. file: its name in a Hub repository. resize: pixels of the first resize, 0 for none. imagenet:
+    normalise with its statistics instead of CLIP's. Effort takes resize 0 and imagenet true.
     """
 
-    def __init__(self, model, device="cpu", *, file="", resize=512):
+    def __init__(self, model, device="cpu", *, file="", resize=512, imagenet=False):
         with loading(model):
             state = read_state(hf_hub_download(model, file) if file else model)
             self.model = Network(state)
             self.model.load_state_dict(state)
         frozen(self.model, device)
         self.resize = resize
+        self.statistics = [OPENAI_CLIP_MEAN, OPENAI_CLIP_STD]
+        if imagenet:
+            self.statistics = [IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD]
 
     def trainable(self):
         """Head and experts, as in the published detector that learns"""
@@ -138,7 +149,7 @@ class OmniAid:
         if self.resize:
             images = resize(images, self.resize, "bilinear")
         images = resize(images, self.model.config.image_size, "bilinear")
-        mean, std = images.new_tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD])[:, :, None, None]  # (3,1,1) each
+        mean, std = images.new_tensor(self.statistics)[:, :, None, None]  # (3,1,1) each
         return (images - mean) / std
 
     def logits(self, images, prompts=None):

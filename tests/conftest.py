@@ -215,7 +215,7 @@ CALLS = {
     "qwen": dict(true_cfg_scale=4.0, negative_prompt="blurry", max_sequence_length=64),
 }
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-TINY = dict(height=16, width=16, num_steps=5, draw_steps=5, window=2, lora_targets=TARGETS, lora_rank=4, lora_alpha=8)
+TINY = dict(height=16, width=16, num_steps=5, draw_steps=5, window=2, log_prob="path", extremes=0, lora_targets=TARGETS, lora_rank=4, lora_alpha=8)
 
 
 @pytest.fixture(scope="session")

@@ -278,7 +278,8 @@ def test_ratio_and_kl_are_those_of_the_normal_distribution(tiny_generator):
             Normal(c_x * step.x + c_v * u, std) for u in (v, step.v)
         ]
         log_ratio = new.log_prob(step.x_next) - old.log_prob(step.x_next)
-        kl = kl_divergence(new, old)  # (B, ...), old is also the reference
+        # (B, ...), old is also the reference; without the step's factor
+        kl = kl_divergence(new, old) * 2 * std**2 / c_v**2
         assert (kl > 0).any()
         for got, want in zip(terms, (log_ratio, kl)):
             assert_close(
@@ -302,7 +303,7 @@ def test_splits_and_checkpointing_leave_loss_and_gradient_alone(
         assert count == 4 * len(WINDOW)
         total = 0
         for rows in splits:
-            for log_ratio, kl, weight, _ in gen.terms(record, rows):
+            for log_ratio, kl, _, weight, _ in gen.terms(record, rows):
                 loss, _ = clipped_loss(
                     log_ratio, advantage[rows], *gen.clip()
                 )
@@ -312,6 +313,64 @@ def test_splits_and_checkpointing_leave_loss_and_gradient_alone(
     close = functools.partial(assert_close, rtol=1e-3, atol=1e-6)
     whole = run([ROWS], False)
     close(run([[0], [3, 1, 2]], True), whole)
+
+
+def published_loss(gen, record, advantage, clip, beta):
+    """The loss of RealGen's released trainer, step by step, transcribed from its formulas and not from ours"""
+    total = 0
+    for step in record.steps:
+        t, s = gen.grid[step.index], gen.grid[step.index + 1]
+        h = t - s
+        sigma = 0.9 * math.sqrt(t / (1 - (gen.grid[1] if t == 1 else t)))
+        std = sigma * math.sqrt(h)
+
+        def mean_of(v):
+            score_part = sigma**2 / (2 * t) * (step.x + (1 - t) * v)
+            return step.x - h * (v + score_part)
+
+        def log_prob(mean):
+            square = (step.x_next - mean) ** 2 / (2 * std**2)
+            whole = -square - math.log(std) - math.log(math.sqrt(2 * math.pi))
+            return whole.flatten(1).mean(1)
+
+        v = gen.replay(record, step.index, step.x, ROWS)
+        with torch.no_grad(), gen.reference():
+            ref_v = gen.replay(record, step.index, step.x, ROWS)
+        mean, old = mean_of(v), mean_of(step.v)
+        bias = ((mean - old) ** 2 / (2 * std**2)).flatten(1).mean(1)
+        r = ((log_prob(mean) - log_prob(old) + bias) * std).exp()
+        A = advantage[:, 0]
+        policy = torch.max(-A * r, -A * r.clamp(1 - clip, 1 + clip)).mean() / h
+        total += policy + beta * ((v - ref_v) ** 2).mean()
+    return total / len(record.steps)
+
+
+def test_the_gradient_is_that_of_the_published_loss(tiny_generator):
+    """Sign, scale and clip, with samples inside and outside of the clip range"""
+    gen = tiny_generator(perturb=0.3, sde="flow", noise_level=0.9)
+    _, record = gen.rollout(PROMPTS, KEYS, WINDOW)
+    nudge(gen)
+    ratios = torch.cat([r.detach().abs() for r, *_ in gen.terms(record, ROWS)])
+    gen.cfg.clip_range = ratios.median().item()
+    gen.cfg.beta = 4e-4
+    advantage = torch.tensor([[1.0], [-2.0], [0.5], [0.7]])
+    total = 0
+    clipped = []
+    for log_ratio, kl, scale, weight, _ in gen.terms(record, ROWS):
+        loss, acted = clipped_loss(log_ratio, scale * advantage, *gen.clip())
+        total += ((loss + gen.cfg.beta * kl) * weight).sum()
+        clipped.append(acted)
+    total /= gen.count(record, ROWS)
+    assert 0 < torch.cat(clipped).float().mean() < 1
+    published = published_loss(
+        gen, record, advantage, gen.cfg.clip_range, gen.cfg.beta
+    )
+    got = torch.autograd.grad(total, gen.parameters())
+    want = torch.autograd.grad(published, gen.parameters())
+    assert_close(total, published, rtol=1e-3, atol=1e-4)
+    size = max(g.abs().max() for g in want)
+    assert size > 0
+    assert_close(got, want, rtol=1e-2, atol=1e-3 * size.item())
 
 
 # ---------------------------------------------------------------- elbo

@@ -52,15 +52,15 @@ def step_results(function, x, v, *rest):
 
 
 def test_the_reference_is_the_definition():
-    """In float64: log_prob and KL of torch.distributions, and mean(eps_old (mean - old_mean)) / |c_v|"""
+    """In float64: torch.distributions' log_prob, mean(eps_old (mean - old_mean)), and the KL without its factor"""
     tensors = step_inputs((3, 4, 5, 7))
     x, v, x_next, old_v, ref_v = [t.double() for t in tensors]
     new, old, ref = [Normal(0.9 * x - 0.8 * u, 0.6) for u in (v, old_v, ref_v)]
     eps_old = (x_next - old.mean) / 0.6
     want = (
         new.log_prob(x_next),
-        eps_old * (new.mean - old.mean) / 0.8,
-        kl_divergence(new, ref),
+        eps_old * (new.mean - old.mean),
+        kl_divergence(new, ref) * 2 * 0.6**2 / 0.8**2,
     )
     got = K.sde_log_ratio(*tensors, **STEP)
     assert_all_close(got, [t.mean((1, 2, 3)).float() for t in want], torch.float32)

@@ -227,7 +227,7 @@ def test_the_token_losses_are_those_of_their_papers(kind, split):
     llm.log_probs = lambda _, rows: (log_probs[rows], None)
     total = 0
     for rows in split:
-        ((log_ratio, _, weight, _),) = llm.terms(record, rows)
+        ((log_ratio, _, _, weight, _),) = llm.terms(record, rows)
         loss, _ = clipped_loss(log_ratio, advantage[rows], *llm.clip())
         total += (loss * weight).sum() / llm.count(record, [0, 1])
     assert total.item() == pytest.approx(BY_HAND[kind])

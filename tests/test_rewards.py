@@ -109,7 +109,8 @@ def stock_vit():
 # published name of a part -> the stock one
 NAMES = {"encoder_layers": "encoder.layers", "ln_pre": "pre_layrnorm", "ln_post": "post_layernorm"}
 TINY = dict(zip(omniaid.SHAPE, (128, 256, 2, 2, 8)))
-DROPPED = {"v1": "^feature", "v2": "^nothing", "effort": r"^feature|^gating|experts\.[1-5]$"}
+DROPPED = {"v1": "^feature", "v2": "^nothing"}
+VERSIONS = ["v1", "v2", "effort", "effort in a module"]
 
 
 @pytest.fixture(autouse=True)
@@ -119,11 +120,27 @@ def tiny(monkeypatch):
     monkeypatch.setattr(omniaid, "hf_hub_download", os.path.join)
 
 
-def published(version="v1"):
-    """A state dict under the published names
+def effort(wrap):
+    """A state dict of Effort: stock names in a backbone, a residual of rank 1 in each projection, training's buffers"""
+    state = {}
+    for name, tensor in stock_vit().state_dict().items():
+        if "_proj.weight" not in name:
+            state[f"backbone.{name}"] = tensor
+            continue
+        projection = f"backbone.{name.removesuffix('.weight')}"
+        state[f"{projection}.weight_main"] = tensor
+        for part, shape in {"U": (128, 1), "S": (1,), "V": (1, 128)}.items():
+            state[f"{projection}.{part}_residual"] = torch.randn(shape)
+        for part, shape in {"U": (128, 127), "S": (127,), "V": (127, 128)}.items():
+            state[f"{projection}.{part}_r"] = torch.randn(shape)
+    state |= {"head.weight": 0.3 * torch.randn(2, 128), "head.bias": torch.randn(2)}
+    return {wrap + name: tensor for name, tensor in state.items()}
 
-    v2 has 6 experts and a router on a frozen CLIP; v1 has no such CLIP; effort has one expert and no router.
-    """
+
+def published(version="v1"):
+    """A state dict under the published names: v2 has 6 experts and a router on a frozen CLIP, v1 no such CLIP"""
+    if version.startswith("effort"):
+        return effort("module." if "module" in version else "")
     state = {f"feature_extractor.{name}": tensor for name, tensor in stock_vit().state_dict().items()}
     for name, tensor in stock_vit().state_dict().items():
         for theirs, stock in NAMES.items():
@@ -152,7 +169,15 @@ def gates_by_hand(model, pixels):
     return torch.cat([outputs.softmax(-1), torch.ones(len(pixels), 1)], 1)
 
 
-@pytest.mark.parametrize("version", DROPPED)
+def parts_of(state, name, e):
+    """U, S, V of an expert of a stock projection"""
+    for theirs in (f"{name.replace('encoder.layers', 'encoder_layers')}.{{}}_experts.{e}", f"backbone.{name}.{{}}_residual"):
+        for wrap in ("", "module."):
+            if wrap + theirs.format("U") in state:
+                return [state[wrap + theirs.format(part)] for part in "USV"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 @torch.no_grad()
 def test_omniaid_is_the_stock_vit_with_a_sum_over_experts(tmp_path, version):
     """A stock ViT whose projections are W + sum_i g_i U_i diag(S_i) V_i, picture by picture, and the head."""
@@ -165,14 +190,24 @@ def test_omniaid_is_the_stock_vit_with_a_sum_over_experts(tmp_path, version):
         vit = stock_vit()
         for name, projection in vit.named_modules():
             if name.endswith("_proj"):
-                name = name.replace("encoder.layers", "encoder_layers")
                 for e, g in enumerate(gates):
-                    u, s, v = (state[f"{name}.{part}_experts.{e}"] for part in "USV")
+                    u, s, v = parts_of(state, name, e)
                     projection.weight += g * u @ s.diag() @ v
         features = vit(pixels[[i]]).pooler_output[0]  # (D,)
-        logits.append(state["head.weight"] @ features + state["head.bias"])  # [real, fake]
+        wrap = "module." if "module.head.bias" in state else ""
+        logits.append(state[f"{wrap}head.weight"] @ features + state[f"{wrap}head.bias"])  # [real, fake]
     expected = torch.stack(logits).softmax(-1)[:, 0]
     torch.testing.assert_close(reward(pictures(3, 48), [""] * 3), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_effort_sees_what_its_evaluation_shows_it(tmp_path):
+    """224 px in one resize (here 32), with ImageNet's mean and std"""
+    torch.save(effort("module."), tmp_path / "e.pth")
+    reward = OmniAid(str(tmp_path / "e.pth"), resize=0, imagenet=True)
+    images = pictures(3, 32)
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    torch.testing.assert_close(reward.preprocess(images), (images - mean) / std)
 
 
 def test_omniaid_learns_with_head_and_experts(tmp_path):
