@@ -79,7 +79,7 @@ class GeneratorConfig:
     lr: float = bounded("positive", 1e-3)
     ratio: Literal["guard", "ppo"] = "guard"
     clip_range: float = bounded("positive", 1e-3)
-    beta: float = bounded("natural", 0.15)
+    beta: float = bounded("natural", 0.08)
     ema: float = bounded("decay", 0.8)
     gradient_checkpointing: bool = False
 
@@ -117,9 +117,8 @@ class Noised:
     t: float
     x0: torch.Tensor  # (B, ...) finished latents, the same tensor for all times
     keys: list  # B keys of the noise, for `rng`
-    old_log_probs: dict = field(
-        default_factory=dict
-    )  # row -> (), of rows that an earlier update changes
+    # row -> (), of rows that an earlier update changes
+    old_log_probs: dict = field(default_factory=dict)
 
     def at(self, rows):
         """x_t and the velocity eps - x0 of the straight line through it, (b, ...) each, in f32"""

@@ -108,7 +108,7 @@ class Config:
     updates: int = bounded("positive", 1)
     weight_decay: float = bounded("natural", 1e-4)
     max_grad_norm: float = bounded("positive", 1.0)
-    eval_every: int = bounded("positive", 3)
+    eval_every: int = bounded("positive", 4)
     eval_images: int = bounded("positive", 4)
     keep: Literal["score", "reward", "last"] = "score"
     keep_within: dict[str, float] = field(default_factory=dict)

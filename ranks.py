@@ -33,6 +33,7 @@ def pick_device(name):
         torch.empty(0, device=name)  # is there such a device?
     if name.startswith("cuda"):
         torch.cuda.set_device(name)  # Triton launches on the current one
+        torch.set_float32_matmul_precision("high")  # TF32: what is float32 here needs no more
     return name
 
 
