@@ -73,12 +73,12 @@ from reward import (
 class StageConfig:
     """One of the stages of a run. A group, whose members are compared, has 2 or more of them."""
 
-    train: Literal["refiner", "generator", "joint"] = "joint"
+    train: Literal["refiner", "generator", "joint"] = "generator"
     steps: int = bounded("natural", 16)
     prompts: int = bounded("positive", 9)  # P
-    rewrites: int = bounded("natural", 3)  # how many are sampled
+    rewrites: int = bounded("natural", 0)  # how many are sampled
     keep_original: bool = True  # one more text: the user's words
-    images: int = bounded("positive", 6)  # M
+    images: int = bounded("positive", 24)  # M
 
     @property
     def texts(self):  # N
@@ -103,7 +103,9 @@ class Config:
     validation_photos: str = "nano/photos/validation.jsonl"
     test_photos: str = "nano/photos/test.jsonl"
     autoencode_photos: bool = True
-    stages: list[StageConfig] = field(default_factory=lambda: [StageConfig()])
+    stages: list[StageConfig] = field(
+        default_factory=lambda: [StageConfig("joint", rewrites=3, images=6)]
+    )
     micro_batch: int = bounded("positive", 36)
     updates: int = bounded("positive", 1)
     weight_decay: float = bounded("natural", 1e-4)
