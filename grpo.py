@@ -340,12 +340,11 @@ class Run:
             # A picture is compared with the pictures of its own text. Among all pictures of the prompt, a
             # good text would give its pictures an advantage that they did nothing for.
             advantage = advantages(scores, self.weights, P * N).view(P, N * M)
-            trained = extremes(advantage, self.cfg.generator.extremes)  # (P, N*M)
-            row["generator"] = self.update("generator", trajectory, advantage, trained)
+            k = self.cfg.generator.extremes
+            row["generator"] = self.update("generator", trajectory, advantage, k)
         if stage.train != "generator":
             advantage = self.text_advantages(rewrites, scores, stage)  # (P, rewrites)
-            trained = torch.ones_like(advantage, dtype=torch.bool)
-            row["refiner"] = self.update("refiner", rewrites, advantage, trained)
+            row["refiner"] = self.update("refiner", rewrites, advantage)
             shares = {
                 "cue_share": cue_share(rewrites.texts, self.cfg.refiner.cues) / ranks.WORLD,
                 "bad_format": rewrites.bad_format.mean().item() / ranks.WORLD,
@@ -420,18 +419,20 @@ class Run:
         weights = self.weights | {"format": self.cfg.refiner.format_penalty}
         return advantages(scores, weights, P)[:, users:]
 
-    def update(self, name, record, advantage, trained):
+    def update(self, name, record, advantage, k=0):
         """`updates` optimizer steps of either policy, each on an equal part of the prompt groups -> figures
 
-        advantage (P, G) of all ranks, and which of them are trained; the record is this rank's, p*G rows.
-        The loss is a sum over rows, divided by what the policy counts in all of the part, so that
-        micro-batches and ranks change nothing.
+        advantage (P, G) of all ranks; the record is this rank's, p*G rows, of which `extremes` takes k of
+        each end of a group. The loss is a sum over rows, divided by what the policy counts in all of the
+        part, so that micro-batches and ranks change nothing.
         """
         policy = self.policies[name]
         updates = self.cfg.updates
-        advantage = ranks.mine(advantage).flatten()[:, None].to(self.device)  # (p*G, 1)
-        rows = ranks.mine(trained).flatten().nonzero().flatten()  # as many of each group
-        parts = [part.tolist() for part in rows.chunk(updates)]
+        advantage = ranks.mine(advantage)  # (p, G)
+        # rows, as many of each group
+        trained = extremes(advantage, k).flatten().nonzero().flatten()
+        parts = [part.tolist() for part in trained.chunk(updates)]
+        advantage = advantage.flatten()[:, None].to(self.device)  # (p*G, 1)
         # the first part needs no old log-probs: when it is trained, the policy is the one that drew it
         policy.remember(record, sum(parts[1:], []))
         figures = defaultdict(float)

@@ -177,9 +177,7 @@ def sde_log_ratio(x, v, x_next, old_v, ref_v, c_x, c_v, std):
 
 def token_log_probs_ref(hidden, weight, ids, temperature):
     """`token_log_probs` by its formula, with all logits"""
-    logits = (
-        hidden @ weight.T
-    ).float()  # (..., V), rounded to the model's dtype first, as its own head does
+    logits = (hidden @ weight.T).float()  # (..., V), rounded to the model's dtype first, as its own head does
     log_p = (logits / temperature).log_softmax(-1)
     log_probs = log_p.gather(-1, ids[..., None])[..., 0]  # (...)
     log_p = log_p.detach()
@@ -303,9 +301,7 @@ class _TokenLogProbs(torch.autograd.Function):
         chosen = torch.linalg.vecdot(hidden.float(), target) / temperature  # (n,), the id's own l
         log_probs = chosen - top - sums.log()
         entropy = sums.log() - weighted / sums
-        u = (
-            target - total / sums[:, None]
-        ) / temperature  # (n, D), unused where total was not summed
+        u = (target - total / sums[:, None]) / temperature  # (n, D), unused where total was not summed
         ctx.save_for_backward(u.to(hidden.dtype))
         ctx.mark_non_differentiable(entropy)
         return log_probs, entropy
@@ -325,9 +321,7 @@ def token_log_probs(hidden, weight, ids, temperature=1.0):
     from the log-probs alone. Raises ValueError if the head is trainable.
     """
     if weight.requires_grad:
-        raise ValueError(
-            "the head is trainable, and token_log_probs has no gradient for it; freeze it"
-        )
+        raise ValueError("the head is trainable, and token_log_probs has no gradient for it; freeze it")
     if not hidden.is_cuda and ids.numel() * len(weight) <= SMALL:
         return token_log_probs_ref(hidden, weight, ids, temperature)
     tokens, width = TILE["cuda" if hidden.is_cuda else "cpu"]

@@ -2,7 +2,7 @@
 
     python nano/hacking.py                                            3 seeds, 48 steps, frozen and learning
     python nano/hacking.py --steps 2 --seeds 1 --figure out/h.png     does it run?
-    python nano/hacking.py generator.beta=0.1 --out out/kl            any key of config.yaml, for both
+    python nano/hacking.py generator.beta=0.08 --out out/kl           any key of config.yaml, for both
 
 Both start from the same weights and draw the same noise; `profiles.v2` of config.yaml is all they differ by. Alignment pays nothing and the
 KL is weak, so that a frozen detector is gamed. grpo.train loads no held-out detector: each look at the validation prompts leaves its LoRA
@@ -40,7 +40,7 @@ LESSON = UpdateConfig(lr=3e-4, batch_size=16, replay=0, ema=0.9)
 WORDS = [  # alignment is scored and shown, but pays nothing; the KL is weak: what holds the policy back are the detectors
     "stages=[{{train: generator, steps: {}, prompts: 6, rewrites: 0, images: 12, keep_original: true}}]",
     "refiner=null", "rewards.train.alignment.weight=0", "keep_within.alignment=9",
-    "generator.beta=0.1", "generator.ema=0.9", "eval_every=8", "bench.images=4",
+    "generator.beta=0.01", "generator.ema=0.9", "eval_every=8", "bench.images=4",
 ]  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def measure(cfg, lessons):
             result["scores"].setdefault(name, []).append(values.tolist())
         result["features"].append(run.features(images).unflatten(0, (-1, M)))
         if look in (looks[0], looks[-1]):
-            save_grid(images[::M], out / ("start.png" if look == looks[0] else "end.png"), 8, 1)
+            save_grid(images[::M], out / ("start.png" if look == looks[0] else "end.png"), 8)
     save_file({"pictures": torch.stack(result.pop("features")), "photographs": run.features(photos)}, out / "looks.safetensors")
     (out / "looks.json").write_text(json.dumps(result))
 

@@ -1046,7 +1046,7 @@ def regnet():
 
 
 def plain_resnet(kind, sizes):
-    """A ResNet that sees colours too. It learns texture in hundreds of steps; ConvNext and MobileNet hardly do in thousands."""
+    """A ResNet that sees colours too. It learns texture in hundreds of steps; a ConvNext hardly did in 1,500, a MobileNet in 2,500."""
     from transformers import ResNetConfig, ResNetForImageClassification
 
     size = dict(embedding_size=24, hidden_sizes=sizes, depths=[1, 1, 1])

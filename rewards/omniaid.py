@@ -8,7 +8,8 @@ In every attention projection, with a gate g_i of expert i that is the same in a
 
 W is the stock weight without its smallest singular values. V1 has experts of rank 1 and a router that reads
 the mean patch embedding. V2 has rank 8 and a router that reads the pooled output of a frozen CLIP. Effort has
-one expert of rank 1, its residual, and no router; it is evaluated with ImageNet's statistics. B pictures, T tokens (class token, then patches), D width, E experts, r rank.
+one expert of rank 1, its residual, and no router; it is evaluated with ImageNet's statistics. B pictures, T
+tokens (class token, then patches), D width, E experts, r rank.
 """
 
 import argparse

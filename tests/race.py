@@ -30,7 +30,7 @@ def run(recipe, seed):
     out = Path(f"out/race/{recipe}{seed}")
     done = out / "generator" / "pytorch_lora_weights.safetensors"
     if not done.exists():
-        words = [*RECIPES[recipe], f"seed={seed}", f"out={out}", "keep_within={}"]
+        words = [*RECIPES[recipe], f"seed={seed}", f"out={out}"]
         subprocess.run([sys.executable, "grpo.py", "config.yaml", *words], check=True)
     rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
     looks = [row["validation"] | {"seconds": row["seconds"]} for row in rows if "validation" in row]
