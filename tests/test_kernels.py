@@ -180,6 +180,10 @@ def test_a_trainable_head_is_refused():
 # ---------------------------------------------------------------- GPUs, without one
 
 COMPILE = """
+import re
+import subprocess
+import tempfile
+
 import kernels as K
 import triton
 from triton.backends.compiler import GPUTarget
@@ -191,20 +195,52 @@ forward = step | {"sums": "*fp32"}
 backward = step | {"grad_means": "*fp32", "grad_v": "*bf16"}
 tile = {"logits": "*fp32", "e": "*bf16", "shrink": "*fp32", "state": "*fp32"}
 tile |= {"n": "i32", "v": "i32", "temperature": "fp32"}
-cases = ((K._step_kernel, forward), (K._step_kernel, backward), (K._softmax_tile_kernel, tile))
+cases = (
+    (K._step_kernel, forward, K.BLOCK, 4),
+    (K._step_kernel, backward, K.BLOCK, 4),
+    (K._softmax_tile_kernel, tile, K.TILE["cuda"][1], 16),
+)
 for target in (("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)):
-    for kernel, given in cases:
-        signature = {name: given.get(name, "constexpr") for name in kernel.arg_names}
-        constants = {name: None for name in kernel.arg_names if name not in given} | {"BLOCK": 2048}
-        binary = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget(*target))
-        print(list(binary.asm)[-1])
+    for kernel, given, block, warps in cases:
+        names = kernel.arg_names
+        signature = {name: given.get(name, "constexpr") for name in names}
+        constants = {name: None for name in names if name not in given} | {"BLOCK": block}
+        # what a launch finds: torch's memory begins at multiples of 16, and latents and tiles are as wide
+        wide = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in ("n", "v")]
+        hints = {(i,): [["tt.divisibility", 16]] for i in wide}
+        source = ASTSource(kernel, signature, constants, hints)
+        binary = triton.compile(source, target=GPUTarget(*target), options={"num_warps": warps})
+        if target[0] == "cuda":
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(binary.asm["cubin"])
+                file.flush()
+                dump = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+                text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+            registers, *memory = re.search(r"REG:(\\d+) STACK:(\\d+) .*LOCAL:(\\d+)", text).groups()
+            wide_loads = "ld.global.v4.b32" in binary.asm["ptx"]
+        else:
+            text = binary.asm["amdgcn"]
+            fields = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
+            registers, *memory = [re.search(rf"\\.{field}: +(\\d+)", text)[1] for field in fields]
+            wide_loads = "global_load_dwordx4" in text
+        print(target[1], registers, *memory, int(wide_loads))
 """
+# registers a thread at which half of the threads that fit are resident: 64 Ki for 2,048 threads, or 512 a
+# lane for 8 waves
+HALF = {"80": 64, "90": 64, "100": 64, "gfx942": 128}
 
 
 def test_the_kernels_compile_for_gpus(tmp_path):
-    """For sm_80, sm_90, sm_100 and gfx942, in a process of its own: here they are the interpreter's."""
+    """No local memory or stack, loads of 16 bytes, registers for half of the occupancy or more: as the binary says.
+
+    In a process of its own: here they are the interpreter's.
+    """
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", COMPILE]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.stdout.split() == ["cubin"] * 9 + ["hsaco"] * 3, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert [line[0] for line in lines] == [target for target in HALF for _ in range(3)], result.stderr
+    for target, registers, *memory, wide_loads in lines:
+        assert int(registers) <= HALF[target]
+        assert memory == ["0", "0"] and wide_loads == "1"
