@@ -69,6 +69,8 @@ class GeneratorConfig:
     sde: Literal["cps", "flow"] = "cps"
     noise_level: float = bounded("positive", 0.8)
     window: int = bounded("positive", 2)
+    last_start: int | None = bounded("natural", None)
+    branches: int = bounded("positive", 1)
     log_prob: Literal["path", "elbo"] = "elbo"
     times: int = bounded("positive", 2)
     extremes: int = bounded("natural", 6)
@@ -80,14 +82,15 @@ class GeneratorConfig:
     ratio: Literal["guard", "ppo"] = "guard"
     clip_range: float = bounded("positive", 1e-3)
     beta: float = bounded("natural", 0.08)
-    ema: float = bounded("decay", 0.8)
+    ema: float = bounded("decay", 0.9)
+    ema_every: int = bounded("positive", 1)
     gradient_checkpointing: bool = False
 
     def check(self):
-        if self.log_prob == "path" and self.window >= self.draw_steps:
+        if self.log_prob == "path" and self.window + (self.last_start or 0) >= self.draw_steps:
             raise ConfigError(
-                f"generator.window: {self.window}; expected less than draw_steps, {self.draw_steps}, "
-                "because the last step is never stochastic"
+                f"generator.window: {self.window}, last_start: {self.last_start}; expected less than "
+                f"draw_steps, {self.draw_steps}, because the last step is never stochastic"
             )
         if self.log_prob == "elbo" and self.times > self.num_steps:
             raise ConfigError(
@@ -170,9 +173,11 @@ def elbo(v, target):
     return -per_sample_mean((v.float() - target) ** 2) / 2
 
 
-def draw_window(num_steps, window, rng):
-    """The stochastic steps of an iteration: neighbours in the first half of the grid, never the last step"""
-    last_start = max(min(num_steps // 2, num_steps - 1) - window, 0)
+def draw_window(num_steps, window, last_start, rng):
+    """The stochastic steps of an iteration: neighbours, never the last step; in the first half of the grid
+    unless last_start says more"""
+    if last_start is None:
+        last_start = max(min(num_steps // 2, num_steps - 1) - window, 0)
     start = int(rng.integers(0, last_start + 1))
     return range(start, start + window)
 
@@ -193,8 +198,8 @@ def normal(rngs, shape):
 class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
     """The stock scheduler in three modes.
 
-    off: the Euler ODE. record: the same, but the steps in a window are stochastic, and kept. replay: the
-    grid is a single step, and the velocity that the pipeline predicts there is kept.
+    off: the Euler ODE. record: the same on a part of the grid, but the steps in a window are stochastic, and
+    kept. replay: the grid is a single step, and the velocity that the pipeline predicts there is kept.
     """
 
     mode = "off"
@@ -202,17 +207,18 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
     def off(self):
         self.mode = "off"
 
-    def record(self, cfg, window, noise):
-        """noise: shape -> (B, *shape) standard normal"""
+    def record(self, cfg, part, window, noise):
+        """part: range of the grid's steps. noise: shape -> (B, *shape) standard normal"""
         self.mode = "record"
         self.cfg = cfg
+        self.part = part
         self.window = window
         self.noise = noise
         self.steps = []
 
     def replay(self, index):
         self.mode = "replay"
-        self.index = index
+        self.part = range(index, index + 1)
 
     # the names matter: diffusers reads this signature to see whether sigmas and mu are allowed
     def set_timesteps(
@@ -220,9 +226,9 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
     ):
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         self.grid = self.sigmas.tolist()  # num_steps + 1 times, from near 1 down to 0
-        if self.mode == "replay":
-            self.timesteps = self.timesteps[self.index :][:1]
-            self.sigmas = self.sigmas[self.index :][:2]
+        if self.mode != "off":
+            self.timesteps = self.timesteps[self.part.start : self.part.stop]
+            self.sigmas = self.sigmas[self.part.start : self.part.stop + 1]
 
     def step(self, model_output, timestep, sample, **_):
         if self.mode == "replay":
@@ -232,6 +238,8 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
             self._init_step_index(timestep)
         i = self._step_index
         self._step_index += 1
+        if self.mode == "record":
+            i += self.part.start
         stochastic = self.mode == "record" and i in self.window
         sde = self.cfg.sde if stochastic else "ode"
         noise_level = self.cfg.noise_level if stochastic else 0.0
@@ -292,7 +300,7 @@ class Generator:
         """Draw and replay one picture. What depends on a step's number inside the call cannot be trained."""
         window = range(self.cfg.num_steps // 2)  # where draw_window draws from
         with loading(f"generator: {type(self.pipe).__name__} of {self.cfg.model}"), torch.no_grad():
-            images, record = self.rollout(["a photo"], [("check",)], window)
+            images, record = self.rollout(["a photo"], [("check", 0)], window)
             self.grid = self.scheduler.grid  # num_steps + 1 times
             replayed = [self.replay(record, step.index, step.x, [0]) for step in record.steps]
         drawn = tuple(images.shape[2:])
@@ -337,6 +345,7 @@ class Generator:
             p.data = p.data.float()  # AdamW's steps of 1e-4 would vanish in bf16
             p.requires_grad_(True)
         self.ema = {n: p.detach().clone() for n, p in self.lora.items()}
+        self.updates = torch.zeros(())  # () optimizer steps so far
 
     def save(self, folder):
         """The EMA weights, as `load_lora_weights(folder)` of the stock pipeline reads them"""
@@ -353,13 +362,17 @@ class Generator:
     def state(self):
         """{name: tensor} of all that training changes, by reference"""
         live = {f"lora.{name}": p.detach() for name, p in self.lora.items()}
-        return live | {f"ema.{name}": p for name, p in self.ema.items()}
+        return live | {f"ema.{name}": p for name, p in self.ema.items()} | {"updates": self.updates}
 
     @torch.no_grad()
     def update_ema(self):
-        # the average over updates, each of which follows from the few pictures of one step
-        for name, p in self.lora.items():
-            self.ema[name].lerp_(p, 1 - self.cfg.ema)
+        """The average over updates, each of which follows from few pictures; shorter at first"""
+        self.updates += 1
+        n = self.updates.item()
+        if n % self.cfg.ema_every == 0:
+            decay = min(n / (n + 9), self.cfg.ema)
+            for name, p in self.lora.items():
+                self.ema[name].lerp_(p, 1 - decay)
 
     @contextmanager
     def ema_weights(self):
@@ -387,10 +400,10 @@ class Generator:
     def rollout(self, prompts, keys, window=(), times=(), num_steps=None):
         """Draw one picture per prompt in num_steps, the config's if None -> images, Trajectory
 
-        Steps in `window` are stochastic and recorded, all others Euler; or the finished latents are kept, to
-        be noised again to `times`, places in the config's grid. prompts: B texts. keys: B tuples for `rng`,
-        such as ("picture", seed, iteration, prompt, sample); noise depends on nothing else, so a batch may
-        be split in any way. images: (B,3,H,W) f32 in [0,1] on the CPU.
+        Steps in `window`, a range, are stochastic and recorded, all others Euler; or the finished latents are
+        kept, to be noised again to `times`, places in the config's grid. prompts: B texts. keys: B tuples for
+        `rng`, such as ("picture", seed, iteration, prompt, sample); noise depends on nothing else, so a batch
+        may be split in any way. images: (B,3,H,W) f32 in [0,1] on the CPU.
         """
         num_steps = num_steps or self.cfg.num_steps
         encoders = lambda: visiting(self.pipe, self.waiting, self.device)
@@ -400,13 +413,7 @@ class Generator:
         steps = []
         for first in range(0, len(prompts), self.micro_batch):
             rows = range(first, min(first + self.micro_batch, len(prompts)))
-            rngs = [rng(*keys[row]) for row in rows]
-            # of the first latents, then of each stochastic step
-            noise = lambda shape: normal(rngs, shape)
-            self.scheduler.record(self.cfg, window, noise)
-            with torch.no_grad():
-                # (b, 3, H, W)
-                image = call_pipeline(self.pipe, self.cfg, num_steps, encode, rows, noise, "pt")
+            image = self.draw(encode, rows, keys, window, num_steps)  # (b, 3, H, W)
             images.append(image.float().clamp(0, 1).cpu())
             finished.append(self.scheduler.latest)
             steps.append(self.scheduler.steps)
@@ -424,6 +431,34 @@ class Generator:
             Noised(i, self.grid[i], x0, [("noised", *key[1:-1], i) for key in keys]) for i in times
         ]
         return images, Trajectory(encode, self.cfg.num_steps, noised)
+
+    @torch.no_grad()
+    def draw(self, encode, rows, keys, window, num_steps):
+        """Some rows of a rollout -> (b, 3, H, W). scheduler.latest and .steps hold what the rollout keeps.
+
+        `branches` neighbours with a window start from the same noise. They part at its first stochastic step,
+        so what comes before is drawn once.
+        """
+
+        def run(part, rows, latents, output_type):
+            self.scheduler.record(self.cfg, part, window, noise)
+            return call_pipeline(self.pipe, self.cfg, num_steps, encode, rows, latents, output_type)
+
+        rngs = [rng("step", *keys[row][1:]) for row in rows]
+        noise = lambda shape: normal(rngs, shape)
+        branches = self.cfg.branches if window else 1
+        starts = [(*keys[row][:-1], keys[row][-1] // branches) for row in rows]
+        if branches == 1 or window.start == 0:
+            first = lambda shape: normal([rng(*start) for start in starts], shape)
+            return run(range(num_steps), rows, first, "pt")
+        roots = {}  # start -> one of the rows that begin with it
+        for start, row in zip(starts, rows):
+            roots[start] = row
+        first = lambda shape: normal([rng(*start) for start in roots], shape)
+        run(range(window.start), list(roots.values()), first, "latent")
+        order = [list(roots).index(start) for start in starts]
+        x = self.scheduler.latest[order]  # (b, ...)
+        return run(range(window.start, num_steps), rows, lambda shape: x, "pt")
 
     def replay(self, record, index, x, rows):
         """The velocity at a place in the grid for some rows of latents x, with grad: (b, ...)"""

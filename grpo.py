@@ -390,7 +390,9 @@ class Run:
             # the same for the whole step, or the log-ratios of a group would differ in scale
             chance = rng("window", cfg.seed, iteration)
             if cfg.generator.log_prob == "path":
-                places["window"] = draw_window(draw_steps, cfg.generator.window, chance)
+                places["window"] = draw_window(
+                    draw_steps, cfg.generator.window, cfg.generator.last_start, chance
+                )
             else:
                 places["times"] = draw_times(cfg.generator.num_steps, cfg.generator.times, chance)
         texts = [text for text in texts for _ in range(M)]  # p*N*M

@@ -1013,7 +1013,7 @@ def fakes_stage(args):
                 if turn % 3 == 2:  # stochastic: the first third of the steps takes cps noise, as in training
                     pipe.scheduler = PolicyScheduler.from_config(euler.config)
                     noise = lambda shape: torch.randn(64, *shape, generator=g)
-                    pipe.scheduler.record(GeneratorConfig(), range(3), noise)
+                    pipe.scheduler.record(GeneratorConfig(), range(14), range(3), noise)
                 out[split].append(draw(pipe, prompts, g, steps=rng.choice([8, 10, 10, 14])))
                 bar.update()
     np.savez(args.work / "fakes.npz", **{k: np.concatenate(v) for k, v in out.items()})
