@@ -44,7 +44,7 @@ def vlm(tmp_path_factory, pytestconfig):
     tokenizer = AutoTokenizer.from_pretrained(pytestconfig.rootpath / "nano/refiner")
     marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer.add_tokens(marks, special_tokens=True)
-    tokenizer.add_tokens(["real", "Real", " real", "fake", "FAKE"])
+    tokenizer.add_tokens(["real", "Real", " real", "fake", "Fake", "FAKE"])
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil(size=dict(shortest_edge=28**2, longest_edge=56**2)).save_pretrained(folder)
@@ -57,16 +57,16 @@ def vlm(tmp_path_factory, pytestconfig):
     return str(folder)
 
 
-def test_vlm_is_the_share_of_the_real_words_at_the_first_token(vlm):
-    """By hand, from the stock model's logits after the question: p(real) / (p(real) + p(fake))."""
+def test_vlm_is_the_published_reward_of_forensic_chat(vlm):
+    """By hand, from the stock model's logits after the question: two spellings a side, means, a sigmoid."""
     reward = Vlm(vlm)
     images = pictures(1, 56)
     inputs = reward.inputs([to_pil(images)], [QUESTION])
-    p = reward.model(**inputs).logits[0, -1].softmax(-1)  # (V,)
+    z = reward.model(**inputs).logits[0, -1]  # (V,)
     ids = reward.processor.tokenizer.convert_tokens_to_ids
-    real = p[ids(["real", "Real", " real", "Ġreal"])].sum()
-    fake = p[ids(["fake", "FAKE"])].sum()
-    torch.testing.assert_close(reward(images, [""])[0], real / (real + fake))
+    real, Real, fake, Fake = z[ids(["real", "Real", "fake", "Fake"])]
+    expected = torch.sigmoid((real + Real) / 2 - (fake + Fake) / 2)
+    torch.testing.assert_close(reward(images, [""])[0], expected)
 
 
 def test_vlm_of_a_batch_is_that_of_each_picture(vlm):
@@ -87,9 +87,12 @@ def test_vlm_replies_to_several_pictures(vlm):
     assert reward.reply(shown, "Which?") != reward.reply(shown[::-1], "Which?")
 
 
-@pytest.mark.parametrize("args", [dict(real="photographic"), dict(fake="Real"), dict(dtype="float8")])
+REFUSED = [dict(real="photographic"), dict(fake=""), dict(fake="Real"), dict(dtype="float8")]
+
+
+@pytest.mark.parametrize("args", REFUSED)
 def test_vlm_refuses_what_it_cannot_read(vlm, args):
-    """Words of several tokens, words of both sides, a dtype that is none."""
+    """Words of several tokens, none, words of both sides, a dtype that is none."""
     with pytest.raises(ConfigError, match="args.*expected|float8"):
         Vlm(vlm, **args)
 
