@@ -3,7 +3,7 @@
     kind: rewards/probe.py:Probe     model: a folder or Hub repository of an AutoModel that sees pictures
     python rewards/probe.py config.yaml [key=value ...]      fits the head of rewards.validation.validation
 
-It is a detector of your own generator, fitted in minutes. With f (D,) the backbone's pooled output, or the mean
+It is a detector of your own generator. With f (D,) the backbone's pooled output, or the mean
 of its last hidden state, brought to mean 0 and variance 1,
 
     P(real) = sigmoid(w . f + b)     minimises  mean cross entropy + penalty |w|^2
