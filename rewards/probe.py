@@ -39,9 +39,9 @@ PENALTIES = [1.0, 0.1, 0.01, 0.001, 0.0001]
 class Probe(Classifier):
     """The reward, P(real), and like a Classifier it can learn: the head alone does.
 
-    ConfigError: no such backbone, no head yet, or one of another width. Of a CLIP the picture's half is taken.
-    head: a safetensors file; None for one that is yet to be fitted. jpeg: quality of a round trip before it
-    looks, 0 for none.
+    ConfigError: no such backbone, no head yet, or one of another width. Of a CLIP the picture's half is
+    taken. head: a safetensors file; None for one that is yet to be fitted. jpeg: quality of a round trip
+    before it looks, 0 for none.
     """
 
     def __init__(self, model, device="cpu", *, head, jpeg=0):

@@ -3,8 +3,8 @@
     kind: rewards/vlm.py:Vlm         model: a folder or Hub repository of an AutoModelForImageTextToText
     kind: rewards/vlm.py:Endpoint    model: its name at an OpenAI-compatible server (vLLM, SGLang, ...)
 
-The score is read off the answer's first token, not parsed from its text, so it is graded where a word would be
-0 or 1. A local model gives Forensic-Chat's reward (RealGen, arXiv 2512.00473), from the logits z of four tokens:
+The score is read off the answer's first token, not parsed from its text, so it is graded where a word would
+be 0 or 1. A local model gives Forensic-Chat's reward (RealGen, arXiv 2512.00473). With z logits of tokens,
 
     P(real) = sigmoid((z[real] + z[Real]) / 2 - (z[fake] + z[Fake]) / 2)
 
@@ -36,8 +36,9 @@ from common import ConfigError, check_folder, load_model, loading
 from reward import encode, frozen, p_real, to_pil
 
 QUESTION = (
-    "Look closely at light, surfaces, edges and anatomy. Did a camera take this picture, or did AI generate it? "
-    "The first word of your answer is real for a photograph or fake for a generated picture; reasons come after it."
+    "Look closely at light, surfaces, edges and anatomy. Did a camera take this picture, or did AI generate "
+    "it? The first word of your answer is real for a photograph or fake for a generated picture; reasons "
+    "come after it."
 )
 
 
