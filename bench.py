@@ -75,7 +75,7 @@ LORA = {
 # of every picture, so that no codec gives a side away; colour is not subsampled, which small pictures show
 CODEC = dict(format="JPEG", quality=95, subsampling=0)
 # how the kinds of rewards begin that give P(real)
-P_REAL = ("classifier", "rewards/vlm", "rewards/omniaid")
+P_REAL = ("classifier", "rewards/vlm", "rewards/omniaid", "rewards/probe")
 AXES = (
     "realism",
     "detail",

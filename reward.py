@@ -5,10 +5,10 @@
 Every kind comes through one door, `kind` in the config:
 
     classifier    P(real) by any AutoModelForImageClassification; labels found by name
-    clip          alignment: cosine by any CLIPModel (CLIP, LongCLIP, PickScore)
-    file.py:name  yours, or one of rewards/: Vlm, Endpoint, OmniAid, Naturalness. A *function* is the reward itself, `args`
-                  are its keyword arguments. A *class* is made once, name(model, device, **args), and the
-                  object is the reward.
+    clip          alignment: cosine or dot product by any CLIPModel (CLIP, LongCLIP, PickScore)
+    file.py:name  yours, or one of rewards/: Vlm, Endpoint, OmniAid, Probe, Naturalness. A *function* is the reward
+                  itself, `args` are its keyword arguments. A *class* is made once, name(model, device,
+                  **args), and the object is the reward.
 
 A detector that can learn (learner.py) also has `logits(images, prompts)` -> (B, 2), [fake, real], with
 gradients in the weights that `trainable()` lists. Each reward is standardised in its group before the
@@ -258,17 +258,18 @@ class Clip:
     """Alignment: cosine of picture and prompt by any CLIPModel: CLIP, LongCLIP (248 tokens), PickScore.
 
     A longer text is cut, with a warning. processor: where tokenizer and preprocessing come from, if not
-    from the model.
+    from the model. dot: the dot product / 100, as RealGen trains on, in place of the cosine; lengths count.
     """
 
     needs_prompt = True
 
-    def __init__(self, model, device="cpu", *, processor=""):
+    def __init__(self, model, device="cpu", *, processor="", dot=False):
         self.model = frozen(load_model(CLIPModel, model, dtype=torch.float32), device)
         with loading(processor or model):
             self.tokenizer = AutoTokenizer.from_pretrained(processor or model)
         self.preprocess = Preprocess(processor or model)
         self.length = self.model.config.text_config.max_position_embeddings
+        self.dot = dot
 
     def features(self, images, layer=None):
         """Picture features for KID: (B,3,H,W) in [0,1] -> (B, D)
@@ -293,6 +294,8 @@ class Clip:
         text = self.model.text_model(**tokens.to(self.model.device)).pooler_output
         text = self.model.text_projection(text).float()  # (B, D)
         picture = self.model.visual_projection(self.features(images).to(text.dtype))  # (B, D)
+        if self.dot:
+            return (picture * text).sum(-1) / 100  # (B,)
         return F.cosine_similarity(picture, text)  # (B,)
 
 

@@ -3,13 +3,17 @@
     kind: rewards/vlm.py:Vlm         model: a folder or Hub repository of an AutoModelForImageTextToText
     kind: rewards/vlm.py:Endpoint    model: its name at an OpenAI-compatible server (vLLM, SGLang, ...)
 
-The score is read off the answer's first token, not parsed from its text. With p_w the probability of token w,
+The score is read off the answer's first token, not parsed from its text, so it is graded where a word would
+be 0 or 1. A local model gives Forensic-Chat's reward (RealGen, arXiv 2512.00473). With z logits of tokens,
 
-    P(real) = R / (R + F)    R: sum of p_w over the tokens that say `real`, F: over those that say `fake`
+    P(real) = sigmoid((z[real] + z[Real]) / 2 - (z[fake] + z[Fake]) / 2)
 
-which is graded where a word would be 0 or 1. A token says a word in any case and with or without a space, as
-vocabularies keep "real", " real" and "Real" apart. RealGen has the sigmoid of a difference of mean logits in
-place of it. bench.py's judges are the same classes, by `reply`.
+A server tells the probabilities p of its 20 likeliest tokens alone, among which these four need not be. There
+
+    P(real) = R / (R + F)    R: sum of p over `real` and `Real`, F: over `fake` and `Fake`
+
+with or without a space around them. The wording of the question is ours. bench.py's judges are the same
+classes, by `reply`.
 """
 
 import asyncio
@@ -29,27 +33,28 @@ from transformers import AutoModelForImageTextToText
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from common import ConfigError, check_folder, load_model, loading
-from reward import encode, fake_real, frozen, p_real, to_pil
+from reward import encode, frozen, p_real, to_pil
 
 QUESTION = (
-    "Is this picture a photograph that a camera took, or was it made by an image generator? "
-    "Answer with one word: real for a photograph, fake for a generated picture."
+    "Look closely at light, surfaces, edges and anatomy. Did a camera take this picture, or did AI generate "
+    "it? The first word of your answer is real for a photograph or fake for a generated picture; reasons "
+    "come after it."
 )
 
 
 @dataclass(kw_only=True)
 class Asked:
-    """What either kind is asked, and the answers that count. ConfigError: a word of both sides."""
+    """What either kind is asked, and the answers that count. ConfigError: real and fake are one word."""
 
     question: str = QUESTION  # {prompt} in it becomes the user's words
-    real: str = "real"  # the answer, or several with spaces between them
+    real: str = "real"  # the answer; it counts in lower case and capitalised
     fake: str = "fake"
 
     def __post_init__(self):
         self.needs_prompt = "{prompt}" in self.question
-        self.words = [set(side.lower().split()) for side in (self.fake, self.real)]
+        self.words = [{word.lower(), word.capitalize()} for word in (self.fake, self.real)]
         if set.intersection(*self.words):
-            raise ConfigError("args: real and fake share a word; expected other words")
+            raise ConfigError("args: real and fake are the same word; expected two")
 
     def questions(self, images, prompts):
         """images (B,3,H,W), B texts -> B lists of one PIL picture, B questions"""
@@ -58,8 +63,7 @@ class Asked:
 
     def sides(self, tokens):
         """Texts of tokens -> [numbers of those that say `fake`, numbers of those that say `real`]"""
-        said = [token.strip().lower() for token in tokens]
-        return [[i for i, word in enumerate(said) if word in words] for words in self.words]
+        return [[i for i, word in enumerate(tokens) if word in words] for words in self.words]
 
 
 def message(kind, shown, text):
@@ -81,7 +85,10 @@ def picture_processor(model, config):
 
 @dataclass
 class Vlm(Asked):
-    """An image-text model on this machine. ConfigError: no such model or dtype, no token that says a word."""
+    """An image-text model on this machine.
+
+    ConfigError: no such model or dtype, a word that is not one token, both in lower case and capitalised.
+    """
 
     model: InitVar[str]
     device: InitVar[str] = "cpu"
@@ -96,9 +103,10 @@ class Vlm(Asked):
             self.processor = picture_processor(model, self.model.config)
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"  # so that every row's last position is its last token
+        # [[fake, Fake], [real, Real]]
         self.columns = self.sides(tokenizer.batch_decode([[i] for i in range(len(tokenizer))]))
-        if not all(self.columns):
-            raise ConfigError("args: no token says real, or none says fake; expected other words")
+        if {*map(len, self.columns)} != {2}:
+            raise ConfigError("args: real, fake: expected words of one token, in lower case and capitalised")
 
     def inputs(self, pictures, texts):
         """B lists of PIL pictures, B texts, each pair one message of a user -> inputs of the model, padded"""
@@ -111,8 +119,8 @@ class Vlm(Asked):
         """images (B,3,H,W), B texts -> (B, 2), [fake, real], with grad in the weights"""
         inputs = self.inputs(*self.questions(images, prompts))
         # the logits of one position, because those of all are gigabytes with a vocabulary of 150,000
-        logits = self.model(**inputs, logits_to_keep=1).logits[:, -1]  # (B, V)
-        return fake_real(logits.float(), *self.columns)
+        logits = self.model(**inputs, logits_to_keep=1).logits[:, -1].float()  # (B, V)
+        return logits[:, self.columns].mean(-1)  # (B, 2, 2), then (B, 2)
 
     def __call__(self, images, prompts):
         return p_real(self.logits(images, prompts))  # (B,)
@@ -233,7 +241,7 @@ class Endpoint(Asked):
         """P(real) from the likeliest first tokens; a side that is not listed counts as the least of them"""
         listed = choice.logprobs.content[0].top_logprobs
         p = [math.exp(token.logprob) for token in listed]
-        sides = self.sides(token.token for token in listed)
+        sides = self.sides([token.token.strip() for token in listed])
         if not any(sides):
             raise LookupError("neither real nor fake")  # and not 0.5, which would look like a score
         fake, real = (sum(p[i] for i in side) or min(p) for side in sides)

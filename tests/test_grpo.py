@@ -196,7 +196,7 @@ STOREYS = [
     "generator refiner reward folder plots",
     "learner vlm omniaid naturalness",
     "grpo",
-    "bench sample",
+    "bench sample probe",
 ]
 
 

@@ -145,7 +145,7 @@ def test_weights_that_are_not_whole_are_refused(folder, kind):
 
 
 def test_alignment_is_the_cosine_of_the_stock_model():
-    """Prompts of different lengths are padded together."""
+    """Prompts of different lengths are padded together; `dot` is the product of raw features / 100."""
     reward = make("clip", "nano/clip")
     images = pictures(2)
     prompts = ["a cat", "a chinese temple in soft light"]
@@ -153,6 +153,11 @@ def test_alignment_is_the_cosine_of_the_stock_model():
     out = reward.model(pixel_values=reward.preprocess(images), **tokens)
     cosine = out.logits_per_image.diag() / reward.model.logit_scale.exp()
     assert_close(reward(images, prompts), cosine)
+    # the stock model gives features of length 1; these are before that
+    text = reward.model.get_text_features(**tokens).pooler_output  # (B, D)
+    picture = reward.model.get_image_features(reward.preprocess(images)).pooler_output
+    dot = make("clip", "nano/clip", dot=True)(images, prompts)
+    assert_close(dot, torch.einsum("bd,bd->b", picture, text) / 100)
 
 
 def test_kid_features_are_the_class_token_of_a_layer():

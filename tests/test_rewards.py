@@ -12,12 +12,14 @@ from contextlib import suppress
 import pytest
 import torch
 from conftest import qwen_vl
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, Qwen2VLImageProcessorPil
 
 from common import ConfigError
 from reward import to_pil
-from rewards import omniaid
+from rewards import omniaid, probe
 from rewards.omniaid import OmniAid
+from rewards.probe import Probe
 from rewards.vlm import QUESTION, Endpoint, NoAnswer, Vlm
 
 
@@ -44,7 +46,7 @@ def vlm(tmp_path_factory, pytestconfig):
     tokenizer = AutoTokenizer.from_pretrained(pytestconfig.rootpath / "nano/refiner")
     marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer.add_tokens(marks, special_tokens=True)
-    tokenizer.add_tokens(["real", "Real", " real", "fake", "FAKE"])
+    tokenizer.add_tokens(["real", "Real", " real", "fake", "Fake", "FAKE"])
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil(size=dict(shortest_edge=28**2, longest_edge=56**2)).save_pretrained(folder)
@@ -57,16 +59,16 @@ def vlm(tmp_path_factory, pytestconfig):
     return str(folder)
 
 
-def test_vlm_is_the_share_of_the_real_words_at_the_first_token(vlm):
-    """By hand, from the stock model's logits after the question: p(real) / (p(real) + p(fake))."""
+def test_vlm_is_the_published_reward_of_forensic_chat(vlm):
+    """By hand, from the stock model's logits after the question: two spellings a side, means, a sigmoid."""
     reward = Vlm(vlm)
     images = pictures(1, 56)
     inputs = reward.inputs([to_pil(images)], [QUESTION])
-    p = reward.model(**inputs).logits[0, -1].softmax(-1)  # (V,)
+    z = reward.model(**inputs).logits[0, -1]  # (V,)
     ids = reward.processor.tokenizer.convert_tokens_to_ids
-    real = p[ids(["real", "Real", " real", "Ġreal"])].sum()
-    fake = p[ids(["fake", "FAKE"])].sum()
-    torch.testing.assert_close(reward(images, [""])[0], real / (real + fake))
+    real, Real, fake, Fake = z[ids(["real", "Real", "fake", "Fake"])]
+    expected = torch.sigmoid((real + Real) / 2 - (fake + Fake) / 2)
+    torch.testing.assert_close(reward(images, [""])[0], expected)
 
 
 def test_vlm_of_a_batch_is_that_of_each_picture(vlm):
@@ -87,9 +89,12 @@ def test_vlm_replies_to_several_pictures(vlm):
     assert reward.reply(shown, "Which?") != reward.reply(shown[::-1], "Which?")
 
 
-@pytest.mark.parametrize("args", [dict(real="photographic"), dict(fake="Real"), dict(dtype="float8")])
+REFUSED = [dict(real="photographic"), dict(fake=""), dict(fake="Real"), dict(dtype="float8")]
+
+
+@pytest.mark.parametrize("args", REFUSED)
 def test_vlm_refuses_what_it_cannot_read(vlm, args):
-    """Words of several tokens, words of both sides, a dtype that is none."""
+    """Words of several tokens, none, words of both sides, a dtype that is none."""
     with pytest.raises(ConfigError, match="args.*expected|float8"):
         Vlm(vlm, **args)
 
@@ -241,6 +246,80 @@ def test_what_is_no_whole_omniaid_is_refused(tmp_path, monkeypatch, damage):
     with pytest.raises(ConfigError, match="o.pth"):
         OmniAid("o.pth")
     assert os.listdir() == ["o.pth"]
+
+
+# ---------------------------------------------------------------- Probe
+
+
+def two_kinds(count):
+    """Smooth pictures, then noisy ones, (2 count,3,32,32), and labels 0 and 1"""
+    smooth = torch.rand(count, 3, 1, 1).expand(-1, -1, 32, 32)
+    return torch.cat([smooth, torch.rand(count, 3, 32, 32)]), torch.arange(2 * count) // count
+
+
+@pytest.fixture
+def fitted(tmp_path):
+    """A file with a head that knows noisy pictures from smooth ones, and that head"""
+    images, labels = two_kinds(32)
+    head = probe.fit(Probe("nano/clip", head=None).features(images), labels, 0.01)
+    save_file(head.state_dict(), tmp_path / "head.safetensors")
+    return str(tmp_path / "head.safetensors"), head
+
+
+def test_a_probe_tells_kinds_apart_and_is_the_logistic_head_of_its_file(fitted):
+    """On pictures that it was not fitted on; a saved head loads to the same scores."""
+    reward = Probe("nano/clip", head=fitted[0])
+    images, labels = two_kinds(16)
+    scores = reward(images, [""] * 32)  # (B,)
+    assert ((scores > 0.5) == labels).all()
+    pooled = reward.model(reward.preprocess(images)).pooler_output  # (B, D)
+    features = (pooled - pooled.mean(1, keepdim=True)) / pooled.std(1, keepdim=True, correction=0)
+    torch.testing.assert_close(scores, fitted[1](features)[:, 0].sigmoid(), rtol=1e-3, atol=1e-4)
+
+
+def test_only_the_head_of_a_probe_learns(fitted):
+    """Gradients of a student that learner.py makes."""
+    reward = Probe("nano/clip", head=fitted[0])
+    for p in reward.trainable():
+        p.requires_grad_()
+    reward.logits(pictures(2, 32))[:, 1].sum().backward()
+    assert [n for n, p in reward.model.named_parameters() if p.grad is not None] == ["probe.weight", "probe.bias"]
+
+
+def test_a_head_is_at_the_minimum_of_its_loss():
+    """The gradient of mean cross entropy + penalty |w|^2, by hand, is 0."""
+    features = torch.randn(40, 6)
+    labels = torch.arange(40) % 2
+    head = probe.fit(features, labels, 0.05)
+    w = head.weight[0]
+    wrong = head(features)[:, 0].sigmoid() - labels  # (n,)
+    assert wrong.mean().abs() < 1e-3
+    torch.testing.assert_close(wrong @ features / 40, -2 * 0.05 * w, rtol=0, atol=1e-3)
+
+
+def test_a_subject_is_no_help(capsys):
+    """Features that name the prompt, from which the label follows, tell nothing of prompts held back."""
+    prompts = torch.arange(80) // 4
+    probe.cross_validate(torch.eye(20)[prompts], prompts // 5 % 2, prompts % probe.FOLDS)
+    accuracy = re.findall(r"prompts ([\d.]+)", capsys.readouterr().out)
+    assert len(accuracy) == len(probe.PENALTIES) and set(accuracy) == {"0.500"}
+
+
+def test_a_probe_is_fitted_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """Base pictures and photographs -> a head that loads."""
+    monkeypatch.setattr(probe, "PICTURES", 20)
+    head = str(tmp_path / "new" / "head.safetensors")
+    detector = f"{{kind: rewards/probe.py:Probe, model: nano/clip, args: {{head: {head}}}}}"
+    probe.main(["config.yaml", "generator.num_steps=2", f"rewards.validation.validation={detector}"])
+    assert capsys.readouterr().out.count("held-back") == len(probe.PENALTIES)
+    assert len(Probe("nano/clip", head=head)(pictures(2, 64), ["", ""])) == 2
+
+
+@pytest.mark.parametrize("head", ["nowhere.safetensors", "nano/subject/model.safetensors"])
+def test_a_probe_without_its_head_is_refused_with_the_remedy(head):
+    """No file; a file of something else."""
+    with pytest.raises(ConfigError, match=f"{head}, which python rewards/probe.py fits"):
+        Probe("nano/clip", head=head)
 
 
 # ---------------------------------------------------------------- Endpoint
