@@ -46,17 +46,24 @@ def load_pipeline(cfg, dtype):
     with loading(cfg.model):
         pipe = DiffusionPipeline.from_pretrained(cfg.model, dtype=dtype, **parts)
     for name, part in pipe.components.items():  # some pipelines have two or three
-        if name.startswith("tokenizer") and part is not None:
-            check_tokenizer(f"{cfg.model}/{name}", part)
+        if name.startswith(("tokenizer", "processor")) and part is not None:
+            check_tokenizer(f"{cfg.model}/{name}", getattr(part, "tokenizer", part))
     sampler = type(pipe.scheduler)
     # one that adds noise of its own cannot be replayed
     noisy = pipe.scheduler.config.get("stochastic_sampling")
-    if sampler is not FlowMatchEulerDiscreteScheduler or noisy or not hasattr(pipe, "transformer"):
+    whole = all(hasattr(pipe, name) for name in ("transformer", "encode_prompt", "prepare_latents"))
+    if sampler is not FlowMatchEulerDiscreteScheduler or noisy or not whole:
         found = f"{type(pipe).__name__} with {sampler.__name__}"
         raise ConfigError(
-            f"generator.model: {cfg.model} is a {found}; expected a transformer and "
-            "FlowMatchEulerDiscreteScheduler without stochastic_sampling"
+            f"generator.model: {cfg.model} is a {found}; expected a transformer, encode_prompt, "
+            "prepare_latents and FlowMatchEulerDiscreteScheduler without stochastic_sampling"
         )
+    if not hasattr(pipe.transformer, "add_adapter"):
+        kind = type(pipe.transformer).__name__
+        raise ConfigError(f"generator.model: {cfg.model}: {kind} takes no LoRA; expected one that does")
+    for part in pipe.transformer.modules():
+        if hasattr(part, "moe_infer"):  # HiDream's experts, which it runs without gradients
+            part.moe_infer = inspect.unwrap(type(part).moe_infer).__get__(part)
     with loading("generator.call"):
         inspect.signature(pipe.__call__).bind_partial(**dict.fromkeys(OURS), **cfg.call)
     return pipe
@@ -112,7 +119,7 @@ class EncodeOnce:
     def __call__(self, *args, **kwargs):
         arguments = inspect.signature(self.encode_prompt).bind(*args, **kwargs).arguments
         # the arguments but for the chunk's prompts and its length, which differ from call to call
-        key = repr(self.for_texts([""], arguments))
+        key = repr(self.for_texts([None], arguments))
         if key not in self.kept:
             self.kept[key] = self.encode(arguments)
         rows = [self.distinct.index(text) for text in self.chunk]
@@ -126,12 +133,18 @@ class EncodeOnce:
         return along_batch(pick, [result], two, three)
 
     def for_texts(self, texts, arguments):
-        """The arguments of a call for other texts: they replace the chunk's, other text is repeated."""
+        """The arguments of a call for other texts: they replace the chunk's, other prompts are repeated."""
         changed = dict(arguments)
         for name, value in arguments.items():
             if isinstance(value, list) and value == self.chunk:
                 changed[name] = list(texts)  # Z-Image writes into it
-            elif isinstance(value, list) and value and isinstance(value[0], str):
+                self.met = True
+            elif name == "batch_size":
+                changed[name] = len(texts)
+            # LongCat's negative prompt is one text; Sana's list of instructions is no prompt
+            elif name == "prompt" and isinstance(value, str):
+                changed[name] = [value] * len(texts)
+            elif "prompt" in name and isinstance(value, list) and isinstance(value[0], str):
                 changed[name] = value[:1] * len(texts)
         return changed
 
@@ -182,8 +195,9 @@ def call_pipeline(pipe, cfg, num_steps, encode, rows, latents, output_type):
     # on the instance, so that `del` below uncovers the methods of the class
     pipe.encode_prompt = encode
     pipe.prepare_latents = prepare
+    encode.met = False
     try:
-        return inspect.unwrap(type(pipe).__call__)(
+        drawn = inspect.unwrap(type(pipe).__call__)(
             pipe,
             prompt=encode.chunk,
             height=cfg.height,
@@ -197,6 +211,11 @@ def call_pipeline(pipe, cfg, num_steps, encode, rows, latents, output_type):
     finally:
         del pipe.encode_prompt
         del pipe.prepare_latents
+    if not encode.met:  # or one rewrite would stand for all
+        raise ConfigError(
+            f"generator.call: {type(pipe).__name__} rewrites its prompts; expected that to be off"
+        )
+    return drawn
 
 
 @contextmanager

@@ -1,0 +1,506 @@
+"""Each text-to-image pipeline of diffusers, with tiny random weights, through the code that real models go through.
+
+    python tests/pipelines.py                               prints the table of docs/real_models.md
+    python tests/pipelines.py FluxPipeline SanaPipeline     some of its rows
+
+A row says what was tried and what came out. pytest does not run this file.
+"""
+
+import contextlib
+import inspect
+import sys
+import tempfile
+import traceback
+import warnings
+from pathlib import Path
+
+import conftest
+import diffusers
+import torch
+import transformers
+from conftest import ROOT, SCHEDULER, clip_text, t5, vae
+
+import generator
+from common import ConfigError
+from generator import Generator, GeneratorConfig
+
+PROMPTS = ["a cat", "a cat", "a dog", "a tabby cat, wide view, in soft light"]
+KEYS = [("test", row) for row in range(4)]
+ROWS = [0, 1, 2, 3]
+STEPS = 4
+TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+
+
+# ---------------------------------------------------------------- parts
+
+
+def tokens(**options):
+    return transformers.AutoTokenizer.from_pretrained(ROOT / "nano/refiner", **options)
+
+
+def llm(name, tokenizer, **options):
+    """A language model of three layers: "Qwen3ForCausalLM" or another class of transformers"""
+    kind = getattr(transformers, name)
+    config = kind.config_class(vocab_size=len(tokenizer), max_position_embeddings=1024, pad_token_id=0, bos_token_id=0, eos_token_id=0, **TEXT | options)
+    return kind(config)
+
+
+def flux2_vae():
+    return diffusers.AutoencoderKLFlux2(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+
+
+def vae8():
+    """Eight pixels a latent, where a pipeline takes that for granted"""
+    config = vae().config
+    return diffusers.AutoencoderKL.from_config(
+        config, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=[8] * 4
+    )
+
+
+def qwen_vae():
+    return diffusers.AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False], latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+    )
+
+
+def dc_vae():
+    return diffusers.AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=[1, 1],
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+    )
+
+
+SMALL = dict(num_layers=2, attention_head_dim=16, num_attention_heads=2)  # of most transformers
+FLUX = dict(patch_size=1, in_channels=16, num_single_layers=1, joint_attention_dim=32, axes_dims_rope=(4, 6, 6))
+DYNAMIC = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+
+
+# ---------------------------------------------------------------- families: name -> pipeline, arguments of its call
+
+
+def flux():
+    return conftest.flux(), dict(guidance_scale=3.5, max_sequence_length=32, true_cfg_scale=2.0, negative_prompt="blurry")
+
+
+def sd3():
+    return conftest.sd3(), dict(guidance_scale=4.5, max_sequence_length=32, negative_prompt="blurry")
+
+
+def zimage():
+    return conftest.zimage(), dict(guidance_scale=4.0, max_sequence_length=96, negative_prompt="blurry")
+
+
+def qwen():
+    return conftest.qwen(), dict(true_cfg_scale=4.0, negative_prompt="blurry", max_sequence_length=96)
+
+
+def mistral3(tokenizer):
+    text = dict(model_type="mistral", vocab_size=len(tokenizer), max_position_embeddings=1024, **TEXT)
+    vision = dict(model_type="pixtral", hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4)
+    config = transformers.Mistral3Config(text_config=text, vision_config=vision, image_token_index=0)
+    return transformers.Mistral3ForConditionalGeneration(config)
+
+
+def flux2_transformer(guidance_embeds):
+    return diffusers.Flux2Transformer2DModel(**SMALL, **FLUX | dict(axes_dims_rope=(4, 4, 4, 4), joint_attention_dim=64), guidance_embeds=guidance_embeds)
+
+
+CHAT = "{% for m in messages %}{{ m.role }}: {% for c in m.content %}{{ c.text }}{% endfor %}\n{% endfor %}"
+
+
+def flux2():
+    tokenizer = tokens(chat_template=CHAT)
+    pipe = diffusers.Flux2Pipeline(DYNAMIC, flux2_vae(), mistral3(tokenizer), tokenizer, flux2_transformer(True))
+    return pipe, dict(guidance_scale=4.0, max_sequence_length=128, text_encoder_out_layers=[1, 3])
+
+
+def klein(is_distilled=False):
+    tokenizer = tokens()
+    encoder = llm("Qwen3ForCausalLM", tokenizer)
+    pipe = diffusers.Flux2KleinPipeline(DYNAMIC, flux2_vae(), encoder, tokenizer, flux2_transformer(False), is_distilled=is_distilled)
+    return pipe, dict(guidance_scale=1.0 if is_distilled else 4.0, max_sequence_length=96, text_encoder_out_layers=[1, 3])
+
+
+def klein_distilled():
+    return klein(True)
+
+
+def sana_transformer(**options):
+    return diffusers.SanaTransformer2DModel(
+        **SMALL,
+        in_channels=4,
+        out_channels=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=32,
+        sample_size=32,
+        **options,
+    )
+
+
+def sana():
+    tokenizer = tokens()
+    encoder = llm("Gemma2Model", tokenizer)
+    pipe = diffusers.SanaPipeline(tokenizer, encoder, dc_vae(), sana_transformer(), SCHEDULER)
+    return pipe, dict(guidance_scale=4.5, negative_prompt="blurry", max_sequence_length=32, use_resolution_binning=False, height=32, width=32)
+
+
+def sana_sprint():
+    tokenizer = tokens()
+    encoder = llm("Gemma2Model", tokenizer)
+    transformer = sana_transformer(guidance_embeds=True, qk_norm="rms_norm_across_heads")
+    return diffusers.SanaSprintPipeline(tokenizer, encoder, dc_vae(), transformer, diffusers.SCMScheduler()), {}
+
+
+def lumina2():
+    tokenizer = tokens()
+    encoder = llm("Gemma2Model", tokenizer)
+    transformer = diffusers.Lumina2Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(4, 6, 6),
+        axes_lens=(512, 32, 32),
+        cap_feat_dim=32,
+    )
+    pipe = diffusers.Lumina2Pipeline(transformer, DYNAMIC, vae8(), encoder, tokenizer)
+    return pipe, dict(guidance_scale=4.0, negative_prompt="blurry", max_sequence_length=96, system_prompt="You draw.", height=32, width=32)
+
+
+def auraflow():
+    tokenizer = transformers.T5TokenizerFast.from_pretrained(ROOT / "nano/flux/tokenizer_2")
+    config = transformers.UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pos_embed_max_size=256,
+    )
+    pipe = diffusers.AuraFlowPipeline(tokenizer, transformers.UMT5EncoderModel(config), vae(), transformer, SCHEDULER)
+    return pipe, dict(guidance_scale=3.5, negative_prompt="blurry", max_sequence_length=32)
+
+
+def cogview4():
+    tokenizer = tokens(padding_side="left")
+    encoder = llm("GlmModel", tokenizer)
+    transformer = diffusers.CogView4Transformer2DModel(
+        **SMALL, in_channels=4, out_channels=4, text_embed_dim=32, time_embed_dim=8, condition_dim=4, rope_axes_dim=(16, 16)
+    )
+    pipe = diffusers.CogView4Pipeline(tokenizer, encoder, vae(), transformer, DYNAMIC)
+    return pipe, dict(guidance_scale=5.0, negative_prompt="blurry", max_sequence_length=32)
+
+
+def chroma():
+    encoder, tokenizer = t5()
+    transformer = diffusers.ChromaTransformer2DModel(
+        **SMALL, **FLUX, approximator_num_channels=8, approximator_hidden_dim=16, approximator_layers=1
+    )
+    pipe = diffusers.ChromaPipeline(DYNAMIC, vae(), encoder, tokenizer, transformer)
+    return pipe, dict(guidance_scale=5.0, negative_prompt="blurry", max_sequence_length=32)
+
+
+def hidream():
+    clip, clip_tokenizer = clip_text(True)
+    clip2, clip_tokenizer2 = clip_text(True)
+    encoder, tokenizer = t5()
+    llama_tokenizer = tokens()
+    llama = llm("LlamaForCausalLM", llama_tokenizer)
+    transformer = diffusers.HiDreamImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        caption_channels=[32, 32],
+        text_emb_dim=32,
+        axes_dims_rope=(4, 6, 6),
+        max_resolution=(128, 128),
+        llama_layers=(0, 1),
+    )
+    pipe = diffusers.HiDreamImagePipeline(
+        DYNAMIC, vae(), clip, clip_tokenizer, clip2, clip_tokenizer2, encoder, tokenizer, llama, llama_tokenizer, transformer
+    )
+    return pipe, dict(guidance_scale=5.0, negative_prompt="blurry", max_sequence_length=32, height=256, width=256)
+
+
+def ovis():
+    tokenizer = tokens()
+    encoder = llm("Qwen3Model", tokenizer)
+    transformer = diffusers.OvisImageTransformer2DModel(**SMALL, **FLUX, out_channels=16)
+    pipe = diffusers.OvisImagePipeline(DYNAMIC, vae(), encoder, tokenizer, transformer)
+    return pipe, dict(guidance_scale=5.0, negative_prompt="blurry", max_sequence_length=96)
+
+
+def longcat():
+    tokenizer = tokens()
+    encoder = conftest.qwen_vl(tokenizer)
+    transformer = diffusers.LongCatImageTransformer2DModel(**SMALL, **FLUX | dict(in_channels=64), pooled_projection_dim=32)
+    pipe = diffusers.LongCatImagePipeline(DYNAMIC, vae(16), encoder, tokenizer, tokenizer, transformer)
+    return pipe, dict(guidance_scale=4.5, negative_prompt="blurry", enable_prompt_rewrite=False)
+
+
+def bria():
+    encoder, tokenizer = t5()
+    transformer = diffusers.BriaTransformer2DModel(**SMALL, **FLUX)
+    pipe = diffusers.BriaPipeline(transformer, DYNAMIC, vae(), encoder, tokenizer)
+    return pipe, dict(guidance_scale=5.0, negative_prompt="blurry", max_sequence_length=32)
+
+
+def hunyuan():
+    tokenizer = tokens()
+    encoder = conftest.qwen_vl(tokenizer)
+    glyphs = transformers.ByT5Tokenizer()
+    config = transformers.T5Config(vocab_size=len(glyphs), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    transformer = diffusers.HunyuanImageTransformer2DModel(
+        **SMALL,
+        in_channels=4,
+        out_channels=4,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=(1, 1),
+        guidance_embeds=True,
+        text_embed_dim=32,
+        text_embed_2_dim=32,
+        rope_axes_dim=(8, 8),
+    )
+    autoencoder = diffusers.AutoencoderKLHunyuanImage(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32, 32), layers_per_block=1, spatial_compression_ratio=2, sample_size=16, scaling_factor=1.0
+    )
+    pipe = diffusers.HunyuanImagePipeline(SCHEDULER, autoencoder, encoder, tokenizer, transformers.T5EncoderModel(config), glyphs, transformer)
+    return pipe, dict(distilled_guidance_scale=3.25)
+
+
+FAMILIES = {
+    "FluxPipeline": flux,
+    "StableDiffusion3Pipeline": sd3,
+    "ZImagePipeline": zimage,
+    "QwenImagePipeline": qwen,
+    "Flux2Pipeline": flux2,
+    "Flux2KleinPipeline": klein,
+    "Flux2KleinPipeline, distilled": klein_distilled,
+    "SanaPipeline": sana,
+    "SanaSprintPipeline": sana_sprint,
+    "Lumina2Pipeline": lumina2,
+    "AuraFlowPipeline": auraflow,
+    "CogView4Pipeline": cogview4,
+    "ChromaPipeline": chroma,
+    "HiDreamImagePipeline": hidream,
+    "OvisImagePipeline": ovis,
+    "LongCatImagePipeline": longcat,
+    "BriaPipeline": bria,
+    "HunyuanImagePipeline": hunyuan,
+}
+
+
+# ---------------------------------------------------------------- what is tried
+
+
+def differ(got, want):
+    """Largest difference in parts of the largest value"""
+    return ((got.float() - want.float()).abs().max() / want.float().abs().max()).item()
+
+
+def stock_picture(folder, call, size, lora=None):
+    """What the untouched pipeline draws with noise of its own -> (B,3,H,W), the latents that its scheduler saw first"""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    if lora:
+        if hasattr(pipe, "load_lora_weights"):
+            pipe.load_lora_weights(lora)
+        else:
+            pipe.transformer.load_lora_adapter(lora, weight_name="pytorch_lora_weights.safetensors")
+    seen = []
+    step = pipe.scheduler.step
+
+    def spy(output, timestep, sample, *args, **kwargs):
+        seen.append(sample.clone())
+        return step(output, timestep, sample, *args, **kwargs)
+
+    pipe.scheduler.step = spy
+    call = dict(call)
+    if isinstance(call.get("negative_prompt"), str):
+        call["negative_prompt"] = [call["negative_prompt"]] * len(PROMPTS)
+    noise = torch.Generator().manual_seed(0)
+    images = pipe(
+        prompt=list(PROMPTS), num_inference_steps=STEPS, generator=noise, output_type="pt", return_dict=False, **size, **call
+    )[0]
+    return images.float(), seen[0]
+
+
+@contextlib.contextmanager
+def starting_from(latents, micro_batch):
+    """Inside, a rollout without stochastic steps starts from these latents"""
+    normal = generator.normal
+    parts = iter(latents.split(micro_batch))
+    generator.normal = lambda rngs, shape: next(parts).reshape(-1, *shape)
+    try:
+        yield
+    finally:
+        generator.normal = normal
+
+
+def perturb(gen):
+    g = torch.Generator().manual_seed(3)
+    for key, p in gen.lora.items():
+        if "lora_B" in key:
+            p.data = 0.05 * torch.randn(p.shape, generator=g)
+            gen.ema[key].copy_(p.data)
+
+
+def replay_error(gen):
+    _, record = gen.rollout(PROMPTS, KEYS, range(STEPS - 1))
+    parts = [ROWS[:3], ROWS[3:]]  # the micro-batches of the rollout: others differ by rounding
+    return max(differ(gen.replay(record, step.index, step.x[rows], rows).detach(), step.v[rows]) for step in record.steps for rows in parts)
+
+
+def unreached(gen):
+    """LoRA tensors that change the velocity and have no gradient, and how many change nothing"""
+    gen.cfg.log_prob = "elbo"
+    _, record = gen.rollout(PROMPTS, KEYS, times=[1])
+    x, target = record.steps[0].at(ROWS)
+    v = gen.replay(record, 1, x, ROWS)
+    generator.elbo(v, target).sum().backward()
+    idle = 0
+    for name, p in gen.lora.items():
+        if p.grad is None or not p.grad.any():
+            before = p.data.clone()
+            p.data += 0.1
+            with torch.no_grad():
+                if not torch.equal(gen.replay(record, 1, x, ROWS), v):
+                    return f"not {name}"
+            p.data = before
+            idle += 1
+    return f"all; {idle} of {len(gen.lora)} act on nothing" if idle else "all"
+
+
+def short(error):
+    return "exact" if error == 0 else f"{error:.0e}"
+
+
+def close(error, bound=1e-4):
+    return "same" if error < bound else f"differs by {error:.0e}"
+
+
+def attempt(work):
+    """What work() gives, or the error in short"""
+    try:
+        return work()
+    except Exception as error:
+        if VERBOSE:
+            traceback.print_exc()
+        return f"{'refused' if isinstance(error, ConfigError) else type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def row(name):
+    """The cells of one family"""
+    torch.manual_seed(1)
+    pipe, call = FAMILIES[name]()
+    for p in pipe.transformer.parameters():  # zero-initialised layers would make every velocity the same
+        if p.abs().sum() == 0:
+            torch.nn.init.normal_(p, std=0.02)
+    size = dict(height=call.pop("height", 16), width=call.pop("width", 16))
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Path(folder) / "pipe"
+        pipe.save_pretrained(saved)
+        lora = str(Path(folder) / "lora")
+
+        def make(dtype=torch.float32, offload=False, call=call):
+            targets = call.pop("lora_targets", ["to_q", "to_k", "to_v", "to_out.0"])
+            cfg = GeneratorConfig(model=str(saved), num_steps=STEPS, draw_steps=STEPS, window=2, log_prob="path", lora_targets=targets, lora_rank=4, lora_alpha=8, call=dict(call), **size)
+            gen = Generator(cfg, dtype=dtype, micro_batch=3, offload=offload)
+            gen.add_lora()
+            perturb(gen)
+            return gen
+
+        try:
+            gen = make()
+        except ConfigError as error:
+            if VERBOSE:
+                traceback.print_exc()
+            return [f"refused: {str(error).replace(str(saved), 'MODEL')}"]
+        images, _ = gen.rollout(PROMPTS, KEYS)
+
+        def stock():
+            theirs, latents = stock_picture(saved, call, size)
+            if not 0.9 < latents.float().std() < 1.1:
+                return f"starts with std {latents.std():.2f}"
+            with starting_from(latents, 3), gen.reference():
+                ours, _ = gen.rollout(PROMPTS, KEYS)
+            return close(differ(ours, theirs))
+
+        def saves():
+            gen.save(lora)
+            again = Generator(gen.cfg)
+            again.load(lora)
+            if not torch.allclose(again.rollout(PROMPTS, KEYS)[0], images, atol=1e-5):
+                return "another picture"
+            theirs, latents = stock_picture(saved, call, size, lora)
+            with starting_from(latents, 3):
+                ours, _ = gen.rollout(PROMPTS, KEYS)
+            return close(differ(ours, theirs))
+
+        return [
+            attempt(lambda: short(replay_error(gen))),
+            attempt(lambda: short(replay_error(make(torch.bfloat16)))),
+            attempt(lambda: close(differ(make(offload=True).rollout(PROMPTS, KEYS)[0], images))),
+            attempt(stock),
+            attempt(lambda: unreached(gen)),
+            attempt(saves),
+        ]
+
+
+HEAD = ["pipeline", "replay", "in bf16", "offloaded", "stock picture", "LoRA reached", "LoRA file, in the stock pipeline"]
+VERBOSE = "-v" in sys.argv
+
+
+def main(names):
+    warnings.filterwarnings("ignore")
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    print("|", " | ".join(HEAD), "|")
+    print("|" + "---|" * len(HEAD))
+    for name in names or FAMILIES:
+        cells = attempt(lambda: row(name))
+        cells = [cells] if isinstance(cells, str) else cells
+        print("|", name, "|", " | ".join(cells), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main([name for name in sys.argv[1:] if name != "-v"])
