@@ -278,6 +278,11 @@ class Generator:
         parts = {n: p for n, p in self.pipe.components.items() if isinstance(p, torch.nn.Module)}
         for part in parts.values():  # what trains is the LoRA, which is added later
             part.requires_grad_(False).eval()
+        for part in self.transformer.modules():
+            if hasattr(
+                part, "moe_infer"
+            ):  # HiDream's experts, which have gradients in this mode alone
+                part.training = True
         self.waiting = {n: p for n, p in parts.items() if offload and n.startswith("text_encoder")}
         for name in self.waiting:
             setattr(self.pipe, name, None)
@@ -298,23 +303,24 @@ class Generator:
         """Draw two pictures and replay one. What depends on a step's number or on the batch cannot be trained."""
         prompts = ["a photo", "a cat"]
         keys = [("check", row) for row in range(2)]
-        places = range(self.cfg.num_steps)
+        rows = [0] * min(2, self.micro_batch)  # in a batch as large as it was drawn in
         with loading(f"generator: {type(self.pipe).__name__} of {self.cfg.model}"), torch.no_grad():
             self.rollout(prompts, keys, num_steps=self.cfg.draw_steps)
-            images, record = self.rollout(prompts, keys, places)
+            images, record = self.rollout(prompts, keys, range(self.cfg.num_steps))
             self.grid = self.scheduler.grid  # num_steps + 1 times
-            replayed = [self.replay(record, i, record.steps[i].x[:1], [0]) for i in places]
+            for step in record.steps:
+                v = self.replay(record, step.index, step.x[rows], rows)
+                if (v - step.v[rows]).abs().max() > 0.01 * step.v.abs().max():
+                    raise ConfigError(
+                        f"generator.model: {self.cfg.model}: step {step.index} is another when replayed; "
+                        "expected a call that depends on no step's number and on no other picture"
+                    )
         drawn = tuple(images.shape[2:])
         if drawn != (self.cfg.height, self.cfg.width):
             asked = f"{self.cfg.height}, {self.cfg.width}"
             raise ConfigError(
                 f"generator.height, width: {asked}; {self.cfg.model} draws {drawn}; expected those"
             )
-        for step, v in zip(record.steps, replayed):
-            if (v - step.v[:1]).abs().max() > 0.01 * step.v.abs().max():
-                raise ConfigError(
-                    f"generator.model: {self.cfg.model}: step {step.index} is another when replayed"
-                )
 
     # ------------------------------------------------ LoRA
 
@@ -334,7 +340,9 @@ class Generator:
     def load(self, folder):
         """The LoRA that `save` wrote, to draw with or to train further"""
         with loading(folder):
-            self.transformer.load_lora_adapter(str(folder), weight_name=LORA_FILE, adapter_name="default")
+            self.transformer.load_lora_adapter(
+                str(folder), weight_name=LORA_FILE, adapter_name="default"
+            )
             found = get_peft_model_state_dict(self.transformer)
         expected = {f"transformer.{name}": tensor for name, tensor in found.items()}
         check_adapter(Path(folder) / LORA_FILE, expected)
@@ -459,10 +467,18 @@ class Generator:
     def reconstruct(self, images):
         """Pictures through the autoencoder, as the pipeline's own come: (B,3,H,W) in [0,1] -> the same"""
         vae = self.pipe.vae
+        films = any(isinstance(part, torch.nn.Conv3d) for part in vae.modules())
         parts = []
-        for x in images.split(self.micro_batch):
-            latents = vae.encode((x * 2 - 1).to(self.device, vae.dtype)).latent_dist.mode()
-            parts.append((vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1).cpu())
+        with loading(f"{type(vae).__name__}, for photographs"):
+            for x in images.split(self.micro_batch):
+                x = (x * 2 - 1).to(self.device, vae.dtype)  # (b, 3, H, W)
+                # Qwen-Image's takes films, of which a picture is one frame
+                found = vae.encode(x[:, :, None] if films else x, return_dict=False)[0]
+                latents = (
+                    found if torch.is_tensor(found) else found.mode()
+                )  # Sana's are no distribution
+                x = vae.decode(latents, return_dict=False)[0].reshape(x.shape)
+                parts.append((x.float() / 2 + 0.5).clamp(0, 1).cpu())
         return torch.cat(parts)
 
     # ------------------------------------------------ what GRPO asks of a policy

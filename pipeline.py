@@ -51,21 +51,17 @@ def load_pipeline(cfg, dtype):
     sampler = type(pipe.scheduler)
     # one that adds noise of its own cannot be replayed
     noisy = pipe.scheduler.config.get("stochastic_sampling")
-    whole = all(hasattr(pipe, name) for name in ("transformer", "encode_prompt", "prepare_latents"))
-    if sampler is not FlowMatchEulerDiscreteScheduler or noisy or not whole:
+    needed = {"encode_prompt", "prepare_latents", "transformer"} - set(dir(pipe))
+    if sampler is not FlowMatchEulerDiscreteScheduler or noisy or needed:
         found = f"{type(pipe).__name__} with {sampler.__name__}"
         raise ConfigError(
-            f"generator.model: {cfg.model} is a {found}; expected a transformer, encode_prompt, "
-            "prepare_latents and FlowMatchEulerDiscreteScheduler without stochastic_sampling"
+            f"generator.model: {cfg.model} is a {found}; expected encode_prompt, prepare_latents, a "
+            "transformer, and FlowMatchEulerDiscreteScheduler without stochastic_sampling"
         )
-    if not hasattr(pipe.transformer, "add_adapter"):
-        kind = type(pipe.transformer).__name__
-        raise ConfigError(f"generator.model: {cfg.model}: {kind} takes no LoRA; expected one that does")
-    for part in pipe.transformer.modules():
-        if hasattr(part, "moe_infer"):  # HiDream's experts, which it runs without gradients
-            part.moe_infer = inspect.unwrap(type(part).moe_infer).__get__(part)
     with loading("generator.call"):
         inspect.signature(pipe.__call__).bind_partial(**dict.fromkeys(OURS), **cfg.call)
+    with loading("generator.lora_targets"):
+        pipe.transformer.add_adapter  # PRX's takes none
     return pipe
 
 
@@ -114,10 +110,15 @@ class EncodeOnce:
         self.micro_batch = micro_batch
         self.distinct = list(dict.fromkeys(prompts))
         self.chunk = []  # the prompts of the call under way
+        self.asked = []  # the lists of texts that it has asked for
         self.kept = {}
 
     def __call__(self, *args, **kwargs):
         arguments = inspect.signature(self.encode_prompt).bind(*args, **kwargs).arguments
+        guided = arguments.get("do_classifier_free_guidance", True)
+        for name, value in arguments.items():
+            if isinstance(value, list) and (guided or "negative" not in name):
+                self.asked.append(value)
         # the arguments but for the chunk's prompts and its length, which differ from call to call
         key = repr(self.for_texts([None], arguments))
         if key not in self.kept:
@@ -138,7 +139,6 @@ class EncodeOnce:
         for name, value in arguments.items():
             if isinstance(value, list) and value == self.chunk:
                 changed[name] = list(texts)  # Z-Image writes into it
-                self.met = True
             elif name == "batch_size":
                 changed[name] = len(texts)
             # LongCat's negative prompt is one text; Sana's list of instructions is no prompt
@@ -179,11 +179,13 @@ def call_pipeline(pipe, cfg, num_steps, encode, rows, latents, output_type):
     latents: shape -> (b, *shape), what it starts from. Handing them over as the call's `latents` would
     not do: FLUX.2 takes those in another shape than its scheduler sees.
     """
-    encode.chunk = [encode.prompts[row] for row in rows]
+    texts = {"prompt": [encode.prompts[row] for row in rows]}
     arguments = dict(cfg.call)
     # as many as there are prompts, or some pipelines refuse it and others would use it once
     if isinstance(arguments.get("negative_prompt"), str):
-        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(rows)
+        texts["negative_prompt"] = [arguments["negative_prompt"]] * len(rows)
+    encode.chunk = texts["prompt"]
+    encode.asked = []
     prepare_latents = pipe.prepare_latents
 
     def prepare(*args, **kwargs):
@@ -195,26 +197,28 @@ def call_pipeline(pipe, cfg, num_steps, encode, rows, latents, output_type):
     # on the instance, so that `del` below uncovers the methods of the class
     pipe.encode_prompt = encode
     pipe.prepare_latents = prepare
-    encode.met = False
     try:
         drawn = inspect.unwrap(type(pipe).__call__)(
             pipe,
-            prompt=encode.chunk,
             height=cfg.height,
             width=cfg.width,
             num_inference_steps=num_steps,
             generator=torch.Generator(),  # for the latents that are replaced
             output_type=output_type,
             return_dict=False,
-            **arguments,
+            **arguments | texts,
         )[0]
     finally:
         del pipe.encode_prompt
         del pipe.prepare_latents
-    if not encode.met:  # or one rewrite would stand for all
-        raise ConfigError(
-            f"generator.call: {type(pipe).__name__} rewrites its prompts; expected that to be off"
-        )
+    for name, wanted in texts.items():
+        if (
+            wanted not in encode.asked
+        ):  # a rewriter changes prompts; without guidance none is negative
+            raise ConfigError(
+                f"generator.call: {type(pipe).__name__} does not encode the {name} that it is given; "
+                "expected no rewriting, and guidance where there is a negative_prompt"
+            )
     return drawn
 
 

@@ -47,7 +47,9 @@ def randomly(*shape):
 
 def guided(name):
     """Arguments with a negative prompt and room for long texts; Qwen-Image pads to the longest"""
-    return CALLS[name] | {
+    # FLUX looks at no negative prompt without it
+    scale = {"true_cfg_scale": 2.0} if name == "flux" else {}
+    return CALLS[name] | scale | {
         "negative_prompt": "blurry",
         "max_sequence_length": 96,
     }
@@ -533,6 +535,11 @@ REFUSED = [
         r"height, width: 17, 16; .* draws \(16, 16\)",
     ),
     ("flux", dict(lora_targets=["to_z"]), "generator.lora_targets .*to_z"),
+    (
+        "flux",
+        dict(call=dict(negative_prompt="blurry")),
+        "does not encode the negative_prompt",
+    ),
 ]
 
 
