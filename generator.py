@@ -432,10 +432,11 @@ class Generator:
             finished.append(self.scheduler.latest)
             steps.append(self.scheduler.steps)
         self.scheduler.off()
-        if len(self.scheduler.grid) != num_steps + 1:  # Qwen-Image 2.1 may have times of its own
-            found = len(self.scheduler.grid) - 1
+        found = sum(0 < t <= 1 for t in self.scheduler.grid)
+        if found != num_steps:  # Qwen-Image 2.1 may have a grid of its own, Cosmos times up to 80
             raise ConfigError(
-                f"generator.num_steps, draw_steps: {num_steps}; the model draws in {found}; expected that"
+                f"generator.num_steps, draw_steps: {num_steps}; the model has {found} times in (0, 1]; "
+                "expected as many"
             )
         images = torch.cat(images)
         if not images.isfinite().all():

@@ -60,6 +60,8 @@ def load_pipeline(cfg, dtype):
         )
     with loading("generator.call"):
         inspect.signature(pipe.__call__).bind_partial(**dict.fromkeys(OURS), **cfg.call)
+    if cfg.call.get("normalize"):
+        raise ConfigError("generator.call.normalize: expected false: Bria's mixes a batch's pictures")
     with loading("generator.lora_targets"):
         pipe.transformer.add_adapter  # PRX's takes none
     return pipe
@@ -87,8 +89,10 @@ def along_batch(work, results, two, three):
         return None
     if not torch.is_tensor(two) or two.shape == three.shape:
         return results[0]
-    lengths = zip(two.shape, three.shape)
-    return work(results, next(axis for axis, (m, n) in enumerate(lengths) if m != n))
+    lengths = list(zip(two.shape, three.shape))
+    if (2, 3) not in lengths:  # Kandinsky's is where each text ends, counted over the batch
+        raise ConfigError("encode_prompt gives what has no place for each text; expected it to")
+    return work(results, lengths.index((2, 3)))
 
 
 def join(parts, axis):

@@ -305,6 +305,238 @@ def hunyuan():
     return pipe, dict(distilled_guidance_scale=3.25)
 
 
+def qwen3_vl(tokenizer, layers=3):
+    text = dict(vocab_size=len(tokenizer), max_position_embeddings=1024, **TEXT | dict(num_hidden_layers=layers))
+    text["rope_parameters"] = dict(rope_type="default", mrope_section=[2, 3, 3], rope_theta=1e4)
+    vision = dict(depth=1, hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=32, deepstack_visual_indexes=[0])
+    return transformers.Qwen3VLConfig(text_config=text, vision_config=vision)
+
+
+def processor():
+    """Tokenizer and image processor together; the class that Qwen3-VL has would need torchvision"""
+    return transformers.LlavaProcessor(transformers.CLIPImageProcessor(), tokens(chat_template=CHAT), patch_size=4, chat_template=CHAT)
+
+
+def qwen21():
+    both = processor()
+    autoencoder = diffusers.AutoencoderKLQwenImage21(
+        base_dim=8,
+        decoder_base_dim=8,
+        z_dim=8,
+        dim_mult=[1, 1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True, True],
+        latents_mean=[0.0] * 8,
+        latents_std=[1.0] * 8,
+    )
+    transformer = diffusers.QwenImage21Transformer2DModel(**SMALL, in_channels=8, out_channels=8, context_in_dim=32, axes_dims_rope=(4, 6, 6))
+    encoder = transformers.Qwen3VLForConditionalGeneration(qwen3_vl(both.tokenizer))
+    pipe = diffusers.QwenImage21Pipeline(DYNAMIC, autoencoder, encoder, both, transformer)
+    return pipe, dict(true_cfg_scale=4.0, negative_prompt="blurry", height=64, width=64)
+
+
+def krea2():
+    tokenizer = tokens()
+    transformer = diffusers.Krea2Transformer2DModel(
+        **SMALL,
+        in_channels=16,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        timestep_embed_dim=16,
+        text_hidden_dim=32,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=1,
+        text_intermediate_size=32,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 6, 6),
+    )
+    encoder = transformers.Qwen3VLModel(qwen3_vl(tokenizer))
+    pipe = diffusers.Krea2Pipeline(DYNAMIC, qwen_vae(), encoder, tokenizer, transformer, text_encoder_select_layers=(1, 3))
+    return pipe, dict(guidance_scale=4.5, negative_prompt="blurry", max_sequence_length=96)
+
+
+def nucleus():
+    both = processor()
+    transformer = diffusers.NucleusMoEImageTransformer2DModel(
+        **SMALL | dict(num_layers=5),
+        in_channels=16,
+        out_channels=4,
+        num_key_value_heads=1,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+        num_experts=4,
+        moe_intermediate_dim=16,
+        capacity_factors=[2.0] * 5,
+    )
+    encoder = transformers.Qwen3VLForConditionalGeneration(qwen3_vl(both.tokenizer))
+    pipe = diffusers.NucleusMoEImagePipeline(transformer, SCHEDULER, qwen_vae(), encoder, both)
+    return pipe, dict(guidance_scale=4.0, negative_prompt="blurry", max_sequence_length=256, return_index=-2)
+
+
+def prx():
+    tokenizer = tokens()
+    config = transformers.T5GemmaModuleConfig(vocab_size=len(tokenizer), **TEXT)
+    encoder = transformers.T5GemmaEncoderModel(transformers.T5GemmaConfig(encoder=config, decoder=config, is_encoder_decoder=False))
+    transformer = diffusers.PRXTransformer2DModel(in_channels=4, patch_size=2, context_in_dim=32, hidden_size=32, num_heads=2, depth=1, axes_dim=[8, 8])
+    return diffusers.PRXPipeline(transformer, SCHEDULER, encoder, tokenizer, vae(), default_sample_size=None), dict(use_resolution_binning=False)
+
+
+def kandinsky5():
+    both = processor()
+    clip, clip_tokenizer = clip_text()
+    clip = type(clip)(transformers.CLIPTextConfig(**clip.config.to_dict() | dict(max_position_embeddings=77)))
+    transformer = diffusers.Kandinsky5Transformer3DModel(
+        in_visual_dim=4,
+        in_text_dim=32,
+        in_text_dim2=16,
+        time_dim=16,
+        out_visual_dim=4,
+        model_dim=32,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=1,
+        axes_dims=(4, 6, 6),
+    )
+    pipe = diffusers.Kandinsky5T2IPipeline(transformer, vae8(), conftest.qwen_vl(both.tokenizer), both, clip, clip_tokenizer, SCHEDULER)
+    return pipe, dict(guidance_scale=3.5, negative_prompt="blurry", max_sequence_length=64, height=1024, width=1024)
+
+
+def lumina():
+    tokenizer = tokens()
+    transformer = diffusers.LuminaNextDiT2DModel(
+        sample_size=4, in_channels=4, hidden_size=32, num_layers=1, num_attention_heads=2, num_kv_heads=1, multiple_of=16, cross_attention_dim=32
+    )
+    encoder = llm("GemmaModel", tokenizer)
+    pipe = diffusers.LuminaPipeline(transformer, SCHEDULER, vae8(), encoder, tokenizer)
+    return pipe, dict(guidance_scale=4.0, negative_prompt="blurry", height=32, width=32)
+
+
+def fibo():
+    tokenizer = tokens()
+    transformer = diffusers.BriaFiboTransformer2DModel(**SMALL, **FLUX | dict(in_channels=4, joint_attention_dim=64), text_encoder_dim=32)
+    autoencoder = diffusers.AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False] * 3, patch_size=2, in_channels=12, out_channels=12,
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )
+    encoder = llm("SmolLM3ForCausalLM", tokenizer)
+    pipe = diffusers.BriaFiboPipeline(transformer, DYNAMIC, autoencoder, encoder, tokenizer)
+    return pipe, dict(guidance_scale=5.0, negative_prompt="blurry", max_sequence_length=96, height=64, width=64)
+
+
+def ernie():
+    tokenizer = tokens()
+    transformer = diffusers.ErnieImageTransformer2DModel(
+        hidden_size=32, num_attention_heads=2, num_layers=1, ffn_hidden_size=32, in_channels=16, out_channels=16, text_in_dim=32, rope_axes_dim=(4, 6, 6)
+    )
+    encoder = mistral3(tokenizer).model
+    return diffusers.ErnieImagePipeline(transformer, flux2_vae(), encoder, tokenizer, SCHEDULER), {}
+
+
+def ideogram4():
+    tokenizer = tokens(chat_template=CHAT)
+    sizes = dict(in_channels=16, num_layers=1, attention_head_dim=16, num_attention_heads=2, intermediate_size=32, adaln_dim=16)
+    models = [diffusers.Ideogram4Transformer2DModel(**sizes, llm_features_dim=13 * 32, mrope_section=(4, 2, 2)) for _ in range(2)]
+    encoder = transformers.Qwen3VLModel(qwen3_vl(tokenizer, layers=36))
+    pipe = diffusers.Ideogram4Pipeline(SCHEDULER, flux2_vae(), encoder, tokenizer, *models)
+    return pipe, dict(guidance_scale=7.0, guidance_schedule=None, max_sequence_length=96)
+
+
+def fibo2():
+    both = processor()
+    transformer = diffusers.BriaFibo2Transformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        cap_feat_dim=64,
+        injection_layer_ids=(0,),
+        perceiver_num_layers=1,
+        min_num_gist_tokens=4,
+        max_num_gist_tokens=8,
+        gist_step=4,
+        gist_min_text_len=4,
+        gist_max_text_len=64,
+        axes_dims=(4, 6, 6),
+        axes_lens=(512, 64, 64),
+    )
+    encoder = transformers.Qwen3VLForConditionalGeneration(qwen3_vl(both.tokenizer, layers=36))
+    pipe = diffusers.BriaFibo2Pipeline(transformer, DYNAMIC, flux2_vae(), encoder, both)
+    return pipe, dict(guidance_scale=4.0, negative_prompt="blurry")
+
+
+def zimage_omni():
+    pipe, call = zimage()
+    config = transformers.Siglip2VisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    parts = dict(siglip=transformers.Siglip2VisionModel(config), siglip_processor=transformers.Siglip2ImageProcessor())
+    transformer = diffusers.ZImageTransformer2DModel.from_config(pipe.transformer.config, siglip_feat_dim=16)
+    return diffusers.ZImageOmniPipeline(**pipe.components | parts | dict(transformer=transformer)), call
+
+
+def kontext():
+    pipe, call = flux()
+    return diffusers.FluxKontextPipeline(**pipe.components), call | dict(_auto_resize=False, max_area=256)
+
+
+def klein_kv():
+    pipe, call = klein(True)
+    call.pop("guidance_scale")
+    return diffusers.Flux2KleinKVPipeline(**pipe.components, is_distilled=True), call
+
+
+def dreamlite():
+    pipe, _ = krea2()
+    unet = diffusers.DreamLiteUNetModel(
+        sample_size=8,
+        in_channels=8,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        norm_num_groups=4,
+    )
+    tiny = diffusers.AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
+    encoder = transformers.Qwen3VLForConditionalGeneration(qwen3_vl(pipe.tokenizer))
+    return diffusers.DreamLitePipeline(encoder, pipe.tokenizer, processor(), tiny, unet, SCHEDULER), {}
+
+
+def sana_pag():
+    pipe, call = sana()
+    return diffusers.SanaPAGPipeline(**pipe.components, pag_applied_layers="transformer_blocks.0"), call | dict(pag_scale=2.0)
+
+
+def sd3_pag():
+    pipe, call = sd3()
+    parts = {name: part for name, part in pipe.components.items() if part is not None}
+    return diffusers.StableDiffusion3PAGPipeline(**parts, pag_applied_layers=["blocks.1"]), call | dict(pag_scale=2.0)
+
+
+def but(family, **changes):
+    """The same with other arguments: what would train wrongly must be refused"""
+
+    def build():
+        pipe, call = family()
+        return pipe, call | changes
+
+    return build
+
+
+def short_grid():
+    pipe, call = qwen21()
+    pipe.register_to_config(sample_sigmas=[1.0, 0.5])
+    return pipe, call
+
+
+def guided_hunyuan():
+    pipe, call = hunyuan()
+    pipe.register_modules(guider=diffusers.AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=1))
+    return pipe, call | dict(negative_prompt="blurry")
+
+
 FAMILIES = {
     "FluxPipeline": flux,
     "StableDiffusion3Pipeline": sd3,
@@ -324,6 +556,29 @@ FAMILIES = {
     "LongCatImagePipeline": longcat,
     "BriaPipeline": bria,
     "HunyuanImagePipeline": hunyuan,
+    "QwenImage21Pipeline": qwen21,
+    "Krea2Pipeline": krea2,
+    "NucleusMoEImagePipeline": nucleus,
+    "BriaFiboPipeline": fibo,
+    "BriaFibo2Pipeline": fibo2,
+    "ZImageOmniPipeline": zimage_omni,
+    "FluxKontextPipeline": kontext,
+    "Flux2KleinKVPipeline": klein_kv,
+    "Ideogram4Pipeline": ideogram4,
+    "SanaPAGPipeline": sana_pag,
+    "StableDiffusion3PAGPipeline": sd3_pag,
+    "PRXPipeline": prx,
+    "Kandinsky5T2IPipeline": kandinsky5,
+    "LuminaPipeline": lumina,
+    "ErnieImagePipeline": ernie,
+    "DreamLitePipeline": dreamlite,
+    "FluxPipeline, negative_prompt without true_cfg_scale": but(flux, true_cfg_scale=1.0),
+    "StableDiffusion3Pipeline, skip_guidance_layers": but(sd3, skip_guidance_layers=[0], skip_layer_guidance_stop=0.9),
+    "Lumina2Pipeline, cfg_trunc_ratio 0.5": but(lumina2, cfg_trunc_ratio=0.5),
+    "LongCatImagePipeline, enable_prompt_rewrite": but(longcat, enable_prompt_rewrite=True),
+    "BriaPipeline, normalize": but(bria, normalize=True),
+    "HunyuanImagePipeline, with a guider": guided_hunyuan,
+    "QwenImage21Pipeline, two sample_sigmas": short_grid,
 }
 
 
@@ -388,24 +643,34 @@ def replay_error(gen):
     return max(differ(gen.replay(record, step.index, step.x[rows], rows).detach(), step.v[rows]) for step in record.steps for rows in parts)
 
 
-def unreached(gen):
-    """LoRA tensors that change the velocity and have no gradient, and how many change nothing"""
+def reached(gen):
+    """Does the gradient reach each LoRA tensor, and is it the slope that the loss has?"""
     gen.cfg.log_prob = "elbo"
     _, record = gen.rollout(PROMPTS, KEYS, times=[1])
     x, target = record.steps[0].at(ROWS)
-    v = gen.replay(record, 1, x, ROWS)
-    generator.elbo(v, target).sum().backward()
-    idle = 0
-    for name, p in gen.lora.items():
-        if p.grad is None or not p.grad.any():
-            before = p.data.clone()
-            p.data += 0.1
-            with torch.no_grad():
-                if not torch.equal(gen.replay(record, 1, x, ROWS), v):
-                    return f"not {name}"
-            p.data = before
-            idle += 1
-    return f"all; {idle} of {len(gen.lora)} act on nothing" if idle else "all"
+
+    def loss():
+        return generator.elbo(gen.replay(record, 1, x, ROWS), target).double().sum()
+
+    loss().backward()
+    idle = [name for name, p in gen.lora.items() if p.grad is None or not p.grad.any()]
+    g = torch.Generator().manual_seed(5)
+    ways = {name: torch.randn(p.shape, generator=g) for name, p in gen.lora.items()}
+    slope = sum((p.grad * ways[name]).sum() for name, p in gen.lora.items() if p.grad is not None)
+
+    @torch.no_grad()
+    def moved(step):
+        for name, p in gen.lora.items():
+            p.data += step * ways[name]
+        value = loss()
+        for name, p in gen.lora.items():
+            p.data -= step * ways[name]
+        return value
+
+    measured = (moved(0.005) - moved(-0.005)) / 0.01
+    if abs(measured - slope) > 0.05 * abs(measured):
+        return f"slope {slope:.2e}, measured {measured:.2e}"
+    return f"not {', '.join(idle)}" if idle else "all"
 
 
 def short(error):
@@ -430,7 +695,7 @@ def row(name):
     """The cells of one family"""
     torch.manual_seed(1)
     pipe, call = FAMILIES[name]()
-    for p in pipe.transformer.parameters():  # zero-initialised layers would make every velocity the same
+    for p in getattr(pipe, "transformer", pipe.vae).parameters():  # zero-initialised layers would make every velocity the same
         if p.abs().sum() == 0:
             torch.nn.init.normal_(p, std=0.02)
     size = dict(height=call.pop("height", 16), width=call.pop("width", 16))
@@ -479,7 +744,7 @@ def row(name):
             attempt(lambda: short(replay_error(make(torch.bfloat16)))),
             attempt(lambda: close(differ(make(offload=True).rollout(PROMPTS, KEYS)[0], images))),
             attempt(stock),
-            attempt(lambda: unreached(gen)),
+            attempt(lambda: reached(gen)),
             attempt(saves),
         ]
 
