@@ -300,21 +300,25 @@ class Generator:
         self.check_replay()
 
     def check_replay(self):
-        """Draw two pictures and replay one. What depends on a step's number or on the batch cannot be trained."""
-        prompts = ["a photo", "a cat"]
+        """Draw two pictures, replay one. What depends on a step's number or the batch cannot be trained."""
         keys = [("check", row) for row in range(2)]
         rows = [0] * min(2, self.micro_batch)  # in a batch as large as it was drawn in
         with loading(f"generator: {type(self.pipe).__name__} of {self.cfg.model}"), torch.no_grad():
-            self.rollout(prompts, keys, num_steps=self.cfg.draw_steps)
-            images, record = self.rollout(prompts, keys, range(self.cfg.num_steps))
-            self.grid = self.scheduler.grid  # num_steps + 1 times
-            for step in record.steps:
-                v = self.replay(record, step.index, step.x[rows], rows)
-                if (v - step.v[rows]).abs().max() > 0.01 * step.v.abs().max():
+            for n in (self.cfg.draw_steps, self.cfg.num_steps):
+                images, record = self.rollout(["a photo", "a cat"], keys, range(n), num_steps=n)
+                self.grid = self.scheduler.grid  # n + 1 times, in the end those of num_steps
+                if sum(0 < t < 1.001 for t in self.grid) != n:  # Qwen-Image 2.1 may have its own
                     raise ConfigError(
-                        f"generator.model: {self.cfg.model}: step {step.index} is another when replayed; "
-                        "expected a call that depends on no step's number and on no other picture"
+                        f"generator.num_steps, draw_steps: {n}; the model's times are {self.grid}; "
+                        "expected as many in (0, 1]"
                     )
+                for step in record.steps:
+                    v = self.replay(record, step.index, step.x[rows], rows)
+                    if (v - step.v[rows]).abs().max() > 0.01 * step.v.abs().max():
+                        raise ConfigError(
+                            f"generator.model: {self.cfg.model}: step {step.index} is another when "
+                            "replayed; expected one that depends on no number and no other picture"
+                        )
         drawn = tuple(images.shape[2:])
         if drawn != (self.cfg.height, self.cfg.width):
             asked = f"{self.cfg.height}, {self.cfg.width}"
@@ -432,12 +436,6 @@ class Generator:
             finished.append(self.scheduler.latest)
             steps.append(self.scheduler.steps)
         self.scheduler.off()
-        found = sum(0 < t <= 1 for t in self.scheduler.grid)
-        if found != num_steps:  # Qwen-Image 2.1 may have a grid of its own, Cosmos times up to 80
-            raise ConfigError(
-                f"generator.num_steps, draw_steps: {num_steps}; the model has {found} times in (0, 1]; "
-                "expected as many"
-            )
         images = torch.cat(images)
         if not images.isfinite().all():
             raise ConfigError(
@@ -468,12 +466,11 @@ class Generator:
     def reconstruct(self, images):
         """Pictures through the autoencoder, as the pipeline's own come: (B,3,H,W) in [0,1] -> the same"""
         vae = self.pipe.vae
-        films = any(isinstance(part, torch.nn.Conv3d) for part in vae.modules())
+        films = "temperal_downsample" in vae.config  # of which a picture is one frame: Qwen-Image's
         parts = []
         with loading(f"{type(vae).__name__}, for photographs"):
             for x in images.split(self.micro_batch):
                 x = (x * 2 - 1).to(self.device, vae.dtype)  # (b, 3, H, W)
-                # Qwen-Image's takes films, of which a picture is one frame
                 found = vae.encode(x[:, :, None] if films else x, return_dict=False)[0]
                 latents = (
                     found if torch.is_tensor(found) else found.mode()

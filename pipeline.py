@@ -61,7 +61,7 @@ def load_pipeline(cfg, dtype):
     with loading("generator.call"):
         inspect.signature(pipe.__call__).bind_partial(**dict.fromkeys(OURS), **cfg.call)
     if cfg.call.get("normalize"):
-        raise ConfigError("generator.call.normalize: expected false: Bria's mixes a batch's pictures")
+        raise ConfigError("generator.call.normalize: expected false: it mixes pictures of a batch")
     with loading("generator.lora_targets"):
         pipe.transformer.add_adapter  # PRX's takes none
     return pipe
@@ -136,6 +136,16 @@ class EncodeOnce:
 
         result, two, three = self.kept[key]
         return along_batch(pick, [result], two, three)
+
+    def check(self, texts):
+        """ConfigError unless the call under way has asked for these texts: {name: as many as pictures}"""
+        for name, wanted in texts.items():
+            # a rewriter changes prompts; without guidance no pipeline needs a negative one
+            if wanted not in self.asked:
+                raise ConfigError(
+                    f"generator.call: the pipeline does not encode the {name} that it is given; "
+                    "expected no rewriting, and guidance where there is a negative_prompt"
+                )
 
     def for_texts(self, texts, arguments):
         """The arguments of a call for other texts: they replace the chunk's, other prompts are repeated."""
@@ -215,14 +225,7 @@ def call_pipeline(pipe, cfg, num_steps, encode, rows, latents, output_type):
     finally:
         del pipe.encode_prompt
         del pipe.prepare_latents
-    for name, wanted in texts.items():
-        if (
-            wanted not in encode.asked
-        ):  # a rewriter changes prompts; without guidance none is negative
-            raise ConfigError(
-                f"generator.call: {type(pipe).__name__} does not encode the {name} that it is given; "
-                "expected no rewriting, and guidance where there is a negative_prompt"
-            )
+    encode.check(texts)
     return drawn
 
 
