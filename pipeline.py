@@ -91,7 +91,7 @@ def along_batch(work, results, two, three):
         return results[0]
     lengths = list(zip(two.shape, three.shape))
     if (2, 3) not in lengths:  # Kandinsky's is where each text ends, counted over the batch
-        raise ConfigError("encode_prompt gives what has no place for each text; expected it to")
+        raise ConfigError("encode_prompt gives a tensor with no row for each text; expected one")
     return work(results, lengths.index((2, 3)))
 
 
