@@ -37,6 +37,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.loaders import FluxLoraLoaderMixin
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
@@ -54,6 +55,7 @@ ATTENTION = [
     "add_v_proj",
     "to_add_out",
 ]
+LORA_FILE = "pytorch_lora_weights.safetensors"
 MLP = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
 
 
@@ -230,6 +232,10 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
             self.timesteps = self.timesteps[self.part.start : self.part.stop]
             self.sigmas = self.sigmas[self.part.start : self.part.stop + 1]
 
+    def scale_model_input(self, sample, timestep):
+        # Bria asks for it where the scheduler is not of the stock class itself
+        return sample
+
     def step(self, model_output, timestep, sample, **_):
         if self.mode == "replay":
             self.velocity = model_output
@@ -280,6 +286,9 @@ class Generator:
         parts = {n: p for n, p in self.pipe.components.items() if isinstance(p, torch.nn.Module)}
         for part in parts.values():  # what trains is the LoRA, which is added later
             part.requires_grad_(False).eval()
+        for part in self.transformer.modules():
+            if hasattr(part, "moe_infer"):  # HiDream's experts, which have gradients in this mode alone
+                part.training = True
         self.waiting = {n: p for n, p in parts.items() if offload and n.startswith("text_encoder")}
         for name in self.waiting:
             setattr(self.pipe, name, None)
@@ -297,23 +306,31 @@ class Generator:
         self.check_replay()
 
     def check_replay(self):
-        """Draw and replay one picture. What depends on a step's number inside the call cannot be trained."""
-        window = range(self.cfg.num_steps // 2)  # where draw_window draws from
+        """Draw two pictures, replay one. What depends on a step's number or the batch cannot be trained."""
+        keys = [("check", row) for row in range(2)]
+        rows = [0] * min(2, self.micro_batch)  # in a batch as large as it was drawn in
         with loading(f"generator: {type(self.pipe).__name__} of {self.cfg.model}"), torch.no_grad():
-            images, record = self.rollout(["a photo"], [("check", 0)], window)
-            self.grid = self.scheduler.grid  # num_steps + 1 times
-            replayed = [self.replay(record, step.index, step.x, [0]) for step in record.steps]
+            for n in (self.cfg.draw_steps, self.cfg.num_steps):
+                images, record = self.rollout(["a photo", "a cat"], keys, range(n), num_steps=n)
+                self.grid = self.scheduler.grid  # n + 1 times, in the end those of num_steps
+                if sum(0 < t < 1.001 for t in self.grid) != n:  # Qwen-Image 2.1 may have its own
+                    raise ConfigError(
+                        f"generator.num_steps, draw_steps: {n}; the model's times are {self.grid}; "
+                        "expected as many in (0, 1]"
+                    )
+                for step in record.steps:
+                    v = self.replay(record, step.index, step.x[rows], rows)
+                    if (v - step.v[rows]).abs().max() > 0.01 * step.v.abs().max():
+                        raise ConfigError(
+                            f"generator.model: {self.cfg.model}: step {step.index} is another when "
+                            "replayed; expected one that depends on no number and no other picture"
+                        )
         drawn = tuple(images.shape[2:])
         if drawn != (self.cfg.height, self.cfg.width):
             asked = f"{self.cfg.height}, {self.cfg.width}"
             raise ConfigError(
                 f"generator.height, width: {asked}; {self.cfg.model} draws {drawn}; expected those"
             )
-        for step, v in zip(record.steps, replayed):
-            if (v - step.v).abs().max() > 0.01 * step.v.abs().max():
-                raise ConfigError(
-                    f"generator.model: {self.cfg.model}: step {step.index} is another when replayed"
-                )
 
     # ------------------------------------------------ LoRA
 
@@ -333,10 +350,12 @@ class Generator:
     def load(self, folder):
         """The LoRA that `save` wrote, to draw with or to train further"""
         with loading(folder):
-            self.pipe.load_lora_weights(str(folder), adapter_name="default")
+            self.transformer.load_lora_adapter(
+                str(folder), weight_name=LORA_FILE, adapter_name="default"
+            )
             found = get_peft_model_state_dict(self.transformer)
         expected = {f"transformer.{name}": tensor for name, tensor in found.items()}
-        check_adapter(Path(folder) / "pytorch_lora_weights.safetensors", expected)
+        check_adapter(Path(folder) / LORA_FILE, expected)
         self._adopt_lora()
 
     def _adopt_lora(self):
@@ -348,9 +367,13 @@ class Generator:
         self.updates = torch.zeros(())  # () optimizer steps so far
 
     def save(self, folder):
-        """The EMA weights, as `load_lora_weights(folder)` of the stock pipeline reads them"""
+        """The EMA weights, as `load_lora_weights(folder)` of the stock pipeline reads them
+
+        A pipeline that has none, such as Ovis, takes them by `transformer.load_lora_adapter`.
+        """
         with self.ema_weights():
-            self.pipe.save_lora_weights(
+            # of any pipeline: the file is the same, and not every pipeline can write one
+            FluxLoraLoaderMixin.save_lora_weights(
                 str(folder),
                 transformer_lora_layers=get_peft_model_state_dict(self.transformer),
                 transformer_lora_adapter_metadata=self.transformer.peft_config["default"].to_dict(),
@@ -476,10 +499,16 @@ class Generator:
     def reconstruct(self, images):
         """Pictures through the autoencoder, as the pipeline's own come: (B,3,H,W) in [0,1] -> the same"""
         vae = self.pipe.vae
+        films = "temperal_downsample" in vae.config  # of which a picture is one frame: Qwen-Image's
         parts = []
-        for x in images.split(self.micro_batch):
-            latents = vae.encode((x * 2 - 1).to(self.device, vae.dtype)).latent_dist.mode()
-            parts.append((vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1).cpu())
+        with loading(f"{type(vae).__name__}, for photographs"):
+            for x in images.split(self.micro_batch):
+                x = (x * 2 - 1).to(self.device, vae.dtype)  # (b, 3, H, W)
+                found = vae.encode(x[:, :, None] if films else x, return_dict=False)[0]
+                # Sana's are no distribution
+                latents = found if torch.is_tensor(found) else found.mode()
+                x = vae.decode(latents, return_dict=False)[0].reshape(x.shape)
+                parts.append((x.float() / 2 + 0.5).clamp(0, 1).cpu())
         return torch.cat(parts)
 
     # ------------------------------------------------ what GRPO asks of a policy

@@ -46,19 +46,24 @@ def load_pipeline(cfg, dtype):
     with loading(cfg.model):
         pipe = DiffusionPipeline.from_pretrained(cfg.model, dtype=dtype, **parts)
     for name, part in pipe.components.items():  # some pipelines have two or three
-        if name.startswith("tokenizer") and part is not None:
-            check_tokenizer(f"{cfg.model}/{name}", part)
+        if name.startswith(("tokenizer", "processor")) and part is not None:
+            check_tokenizer(f"{cfg.model}/{name}", getattr(part, "tokenizer", part))
     sampler = type(pipe.scheduler)
     # one that adds noise of its own cannot be replayed
     noisy = pipe.scheduler.config.get("stochastic_sampling")
-    if sampler is not FlowMatchEulerDiscreteScheduler or noisy or not hasattr(pipe, "transformer"):
+    needed = {"encode_prompt", "prepare_latents", "transformer"} - set(dir(pipe))
+    if sampler is not FlowMatchEulerDiscreteScheduler or noisy or needed:
         found = f"{type(pipe).__name__} with {sampler.__name__}"
         raise ConfigError(
-            f"generator.model: {cfg.model} is a {found}; expected a transformer and "
-            "FlowMatchEulerDiscreteScheduler without stochastic_sampling"
+            f"generator.model: {cfg.model} is a {found}; expected encode_prompt, prepare_latents, a "
+            "transformer, and FlowMatchEulerDiscreteScheduler without stochastic_sampling"
         )
     with loading("generator.call"):
         inspect.signature(pipe.__call__).bind_partial(**dict.fromkeys(OURS), **cfg.call)
+    if cfg.call.get("normalize"):
+        raise ConfigError("generator.call.normalize: expected false: it mixes pictures of a batch")
+    with loading("generator.lora_targets"):
+        pipe.transformer.add_adapter  # PRX's takes none
     return pipe
 
 
@@ -84,8 +89,10 @@ def along_batch(work, results, two, three):
         return None
     if not torch.is_tensor(two) or two.shape == three.shape:
         return results[0]
-    lengths = zip(two.shape, three.shape)
-    return work(results, next(axis for axis, (m, n) in enumerate(lengths) if m != n))
+    lengths = list(zip(two.shape, three.shape))
+    if (2, 3) not in lengths:  # Kandinsky's is where each text ends, counted over the batch
+        raise ConfigError("encode_prompt gives a tensor with no row for each text; expected one")
+    return work(results, lengths.index((2, 3)))
 
 
 def join(parts, axis):
@@ -107,12 +114,17 @@ class EncodeOnce:
         self.micro_batch = micro_batch
         self.distinct = list(dict.fromkeys(prompts))
         self.chunk = []  # the prompts of the call under way
+        self.asked = []  # the lists of texts that it has asked for
         self.kept = {}
 
     def __call__(self, *args, **kwargs):
         arguments = inspect.signature(self.encode_prompt).bind(*args, **kwargs).arguments
+        guided = arguments.get("do_classifier_free_guidance", True)
+        for name, value in arguments.items():
+            if isinstance(value, list) and (guided or "negative" not in name):
+                self.asked.append(value)
         # the arguments but for the chunk's prompts and its length, which differ from call to call
-        key = repr(self.for_texts([""], arguments))
+        key = repr(self.for_texts([None], arguments))
         if key not in self.kept:
             self.kept[key] = self.encode(arguments)
         rows = [self.distinct.index(text) for text in self.chunk]
@@ -125,13 +137,28 @@ class EncodeOnce:
         result, two, three = self.kept[key]
         return along_batch(pick, [result], two, three)
 
+    def check(self, texts):
+        """ConfigError unless the call under way has asked for these texts: {name: as many as pictures}"""
+        for name, wanted in texts.items():
+            # a rewriter changes prompts; without guidance no pipeline needs a negative one
+            if wanted not in self.asked:
+                raise ConfigError(
+                    f"generator.call: the pipeline does not encode the {name} that it is given; "
+                    "expected no rewriting, and guidance where there is a negative_prompt"
+                )
+
     def for_texts(self, texts, arguments):
-        """The arguments of a call for other texts: they replace the chunk's, other text is repeated."""
+        """The arguments of a call for other texts: they replace the chunk's, other prompts are repeated."""
         changed = dict(arguments)
         for name, value in arguments.items():
             if isinstance(value, list) and value == self.chunk:
                 changed[name] = list(texts)  # Z-Image writes into it
-            elif isinstance(value, list) and value and isinstance(value[0], str):
+            elif name == "batch_size":
+                changed[name] = len(texts)
+            # LongCat's negative prompt is one text; Sana's list of instructions is no prompt
+            elif name == "prompt" and isinstance(value, str):
+                changed[name] = [value] * len(texts)
+            elif "prompt" in name and isinstance(value, list) and isinstance(value[0], str):
                 changed[name] = value[:1] * len(texts)
         return changed
 
@@ -166,11 +193,13 @@ def call_pipeline(pipe, cfg, num_steps, encode, rows, latents, output_type):
     latents: shape -> (b, *shape), what it starts from. Handing them over as the call's `latents` would
     not do: FLUX.2 takes those in another shape than its scheduler sees.
     """
-    encode.chunk = [encode.prompts[row] for row in rows]
+    texts = {"prompt": [encode.prompts[row] for row in rows]}
     arguments = dict(cfg.call)
     # as many as there are prompts, or some pipelines refuse it and others would use it once
     if isinstance(arguments.get("negative_prompt"), str):
-        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(rows)
+        texts["negative_prompt"] = [arguments["negative_prompt"]] * len(rows)
+    encode.chunk = texts["prompt"]
+    encode.asked = []
     prepare_latents = pipe.prepare_latents
 
     def prepare(*args, **kwargs):
@@ -183,20 +212,21 @@ def call_pipeline(pipe, cfg, num_steps, encode, rows, latents, output_type):
     pipe.encode_prompt = encode
     pipe.prepare_latents = prepare
     try:
-        return inspect.unwrap(type(pipe).__call__)(
+        drawn = inspect.unwrap(type(pipe).__call__)(
             pipe,
-            prompt=encode.chunk,
             height=cfg.height,
             width=cfg.width,
             num_inference_steps=num_steps,
             generator=torch.Generator(),  # for the latents that are replaced
             output_type=output_type,
             return_dict=False,
-            **arguments,
+            **arguments | texts,
         )[0]
     finally:
         del pipe.encode_prompt
         del pipe.prepare_latents
+    encode.check(texts)
+    return drawn
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 
 import numpy as np
+import pipelines
 import pytest
 import torch
 from conftest import BUILDERS, CALLS, damage
@@ -47,7 +48,9 @@ def randomly(*shape):
 
 def guided(name):
     """Arguments with a negative prompt and room for long texts; Qwen-Image pads to the longest"""
-    return CALLS[name] | {
+    # FLUX looks at no negative prompt without it
+    scale = {"true_cfg_scale": 2.0} if name == "flux" else {}
+    return CALLS[name] | scale | {
         "negative_prompt": "blurry",
         "max_sequence_length": 96,
     }
@@ -549,6 +552,40 @@ def test_another_lora_is_refused(tiny_generator, tmp_path, kind):
         Generator(gen.cfg).load(tmp_path)
 
 
+# ---------------------------------------------------------------- other families
+
+CURED = ["Flux2KleinPipeline", "SanaPipeline", "LongCatImagePipeline"]
+
+
+@pytest.mark.parametrize("name", CURED)
+def test_a_row_of_the_table_of_pipelines(name):
+    """One with an empty negative prompt, one with instructions, one that cannot save a LoRA itself"""
+    exact, bf16, *others = pipelines.row(name)
+    assert (exact, bf16) == ("exact", "exact")
+    assert others == ["same", "same", "all", "same"]
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen"])
+def test_photographs_pass_through_any_autoencoder(tiny_generator, name):
+    """One that takes pictures, one that takes films"""
+    photos = torch.rand(3, 3, 16, 16)
+    assert tiny_generator(name, micro_batch=2).reconstruct(photos).shape == photos.shape
+
+
+CHANGED = [
+    ("LongCatImagePipeline, enable_prompt_rewrite", "the prompt that"),
+    ("QwenImage21Pipeline, two sample_sigmas", "generator.num_steps, draw_steps: 4"),
+    ("PRXPipeline", "PRXTransformer2DModel"),
+]
+
+
+@pytest.mark.parametrize("name,message", CHANGED)
+def test_a_pipeline_that_would_train_otherwise_is_refused(name, message):
+    """At load, in one line"""
+    with pytest.raises(ConfigError, match=message):
+        pipelines.row(name)
+
+
 # ---------------------------------------------------------------- what is refused
 
 # SD3 skips layers from some step number on; the only step of a replay is number 0
@@ -565,6 +602,11 @@ REFUSED = [
         r"height, width: 17, 16; .* draws \(16, 16\)",
     ),
     ("flux", dict(lora_targets=["to_z"]), "generator.lora_targets .*to_z"),
+    (
+        "flux",
+        dict(call=dict(negative_prompt="blurry")),
+        "does not encode the negative_prompt",
+    ),
 ]
 
 
