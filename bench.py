@@ -238,7 +238,8 @@ def rewrites(run, cfg, prompts, folder):
     path = folder / f"{key(made_by, prompts)}.json"
     if not path.exists():
         keys = [("bench rewrite", p) for p in range(len(prompts))]
-        texts, _ = run.refiner.rollout(prompts, M, keys)
+        with run.refiner.at_work():
+            texts, _ = run.refiner.rollout(prompts, M, keys)
         write(path, json.dumps(texts).encode())
     return json.loads(path.read_text())
 
@@ -258,14 +259,13 @@ def draw(run, cfg, weights, prompts, texts, folder):
         file = folder / f"{key(made_by, text, keys[i])}.jpg"
         pictures.append(Picture(p, file, prompts[p]))
     todo = [i for i, picture in enumerate(pictures) if not picture.file.exists()]
-    for start in tqdm(range(0, len(todo), cfg.micro_batch), desc="draw"):
-        rows = todo[start : start + cfg.micro_batch]
-        # images (b,3,H,W)
-        images, _ = run.generator.rollout(
-            [texts[i] for i in rows], [keys[i] for i in rows]
-        )
-        for i, drawn in zip(rows, R.to_pil(images)):
-            write(pictures[i].file, in_codec(drawn))
+    with run.generator.at_work():
+        for start in tqdm(range(0, len(todo), cfg.micro_batch), desc="draw"):
+            rows = todo[start : start + cfg.micro_batch]
+            # images (b,3,H,W)
+            images, _ = run.generator.rollout([texts[i] for i in rows], [keys[i] for i in rows])
+            for i, drawn in zip(rows, R.to_pil(images)):
+                write(pictures[i].file, in_codec(drawn))
     return pictures
 
 

@@ -105,6 +105,17 @@ def check_folder(path, file):
         )
 
 
+@contextmanager
+def on_device(model, device):
+    """Inside, a model is on the device; afterwards it is back where it was."""
+    home = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)
+
+
 def load_model(cls, path, **options):
     """cls.from_pretrained(path), with all weights from the file: what is missing would silently be random"""
     with loading(path):

@@ -41,7 +41,7 @@ from diffusers.loaders import FluxLoraLoaderMixin
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from common import ConfigError, bounded, check_adapter, loading, rng, torch_seed
+from common import ConfigError, bounded, check_adapter, loading, on_device, rng, torch_seed
 from kernels import gaussian_log_prob, per_sample_mean, sde_log_ratio, velocity_kl
 from pipeline import EncodeOnce, call_pipeline, load_pipeline, visiting
 
@@ -273,7 +273,8 @@ class Generator:
     def __init__(
         self, cfg, device="cpu", dtype=torch.float32, micro_batch=32, offload=False, shard=None
     ):
-        """offload: text encoders wait on the CPU. shard: spreads a module's weights over ranks.
+        """offload: it waits on the CPU, as text encoders do, outside `at_work`. shard: spreads a module's weights
+        over ranks, where it stays.
 
         Raises ConfigError for what is no flow pipeline, and for one whose steps cannot be replayed.
         """
@@ -304,6 +305,12 @@ class Generator:
             # decodes one picture at a time: at 1024 px a batch would not fit
             self.pipe.vae.enable_slicing()
         self.check_replay()
+        if offload and not shard:
+            self.transformer.to("cpu")
+
+    def at_work(self):
+        """Inside, the transformer is on the device; under offload it comes from the CPU and goes back there."""
+        return on_device(self.transformer, self.device)
 
     def check_replay(self):
         """Draw two pictures, replay one. What depends on a step's number or the batch cannot be trained."""
@@ -395,7 +402,7 @@ class Generator:
         if n % self.cfg.ema_every == 0:
             decay = min(n / (n + 9), self.cfg.ema)
             for name, p in self.lora.items():
-                self.ema[name].lerp_(p, 1 - decay)
+                self.ema[name].lerp_(p.to(self.ema[name].device), 1 - decay)
 
     @contextmanager
     def ema_weights(self):

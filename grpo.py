@@ -25,7 +25,7 @@ trains both). GRPO does not know which policy is a diffusion model and which an 
     terms(record, rows)     log-ratios and KL of some rows of the record, with gradients, and their weights
     count(record, rows)     what the loss of these rows is divided by
     remember(record, rows)  keep old log-probs, before the first of several updates
-    clip(), parameters(), state(), update_ema(), save(folder), load(folder)
+    clip(), parameters(), state(), update_ema(), at_work(), save(folder), load(folder)
 
 Read on in this order: Config, standardise, advantages, clipped_loss, Run.step, Run.update, Run.evaluate,
 train.
@@ -263,7 +263,7 @@ class Run:
         self.policies = {"generator": self.generator}
         self.refiner = None
         if cfg.refiner:
-            self.refiner = Refiner(cfg.refiner, *place)
+            self.refiner = Refiner(cfg.refiner, *place, cfg.offload)
             self.policies["refiner"] = self.refiner
         shape = (cfg.generator.height, cfg.generator.width)
         photos, _ = read_photos(cfg.validation_photos, shape)  # (n, 3, H, W)
@@ -341,10 +341,12 @@ class Run:
             # good text would give its pictures an advantage that they did nothing for.
             advantage = advantages(scores, self.weights, P * N).view(P, N * M)
             k = self.cfg.generator.extremes
-            row["generator"] = self.update("generator", trajectory, advantage, k)
+            with self.generator.at_work():
+                row["generator"] = self.update("generator", trajectory, advantage, k)
         if stage.train != "generator":
             advantage = self.text_advantages(rewrites, scores, stage)  # (P, rewrites)
-            row["refiner"] = self.update("refiner", rewrites, advantage)
+            with self.refiner.at_work():
+                row["refiner"] = self.update("refiner", rewrites, advantage)
             shares = {
                 "cue_share": cue_share(rewrites.texts, self.cfg.refiner.cues) / ranks.WORLD,
                 "bad_format": rewrites.bad_format.mean().item() / ranks.WORLD,
@@ -369,7 +371,8 @@ class Run:
         rewrites = None
         if stage.rewrites:
             keys = [("rewrite", cfg.seed, iteration, p) for p in numbers]
-            sampled, rewrites = self.refiner.rollout(prompts, stage.rewrites, keys)
+            with self.refiner.at_work():
+                sampled, rewrites = self.refiner.rollout(prompts, stage.rewrites, keys)
             texts = []  # p*N: in each group the user's words first, if they are kept
             for i, prompt in enumerate(prompts):
                 texts += [prompt] * stage.keep_original
@@ -396,7 +399,8 @@ class Run:
             else:
                 places["times"] = draw_times(cfg.generator.num_steps, cfg.generator.times, chance)
         texts = [text for text in texts for _ in range(M)]  # p*N*M
-        images, trajectory = self.generator.rollout(texts, keys, num_steps=draw_steps, **places)
+        with self.generator.at_work():
+            images, trajectory = self.generator.rollout(texts, keys, num_steps=draw_steps, **places)
         return rewrites, images, trajectory
 
     def next_prompts(self, iteration, P):
@@ -490,9 +494,10 @@ class Run:
         texts = words
         if stage.train != "generator":  # another rewrite for each picture
             keys = [("look rewrite", seed, p) for p in numbers]
-            texts, _ = self.refiner.rollout(prompts, M, keys)
+            with self.refiner.at_work():
+                texts, _ = self.refiner.rollout(prompts, M, keys)
         keys = [("look", seed, p, m) for p in numbers for m in range(M)]
-        with self.generator.ema_weights():
+        with self.generator.at_work(), self.generator.ema_weights():
             images, _ = self.generator.rollout(texts, keys)  # (p*M, 3, H, W)
 
         # KID beside the detectors: they learned from fakes that resemble those of training, so what fools the
@@ -530,7 +535,8 @@ class Run:
     def restore(self, state):
         self.set_tensors(state["tensors"])
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            with self.policies[name].at_work():  # AdamW keeps its moments where the weights are now
+                optimizer.load_state_dict(state["optimizers"][name])
         for name, learner in self.learners.items():
             learner.load_state(state["learners"][name])
 

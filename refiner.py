@@ -32,6 +32,7 @@ from common import (
     check_tokenizer,
     load_model,
     loading,
+    on_device,
     rng,
     torch_seed,
 )
@@ -140,7 +141,8 @@ def sample_by_row(rngs, temperature):
 class Refiner:
     """A chat LLM with a LoRA: `rollout` samples rewrites, `terms` scores their tokens with gradients."""
 
-    def __init__(self, cfg, device="cpu", dtype=torch.float32, micro_batch=64):
+    def __init__(self, cfg, device="cpu", dtype=torch.float32, micro_batch=64, offload=False):
+        """offload: it waits on the CPU outside `at_work`"""
         self.cfg = cfg
         self.device = torch.device(device)
         self.micro_batch = micro_batch
@@ -158,6 +160,12 @@ class Refiner:
         self.base.requires_grad_(False)
         self.model = self.base  # a LoRA is written into the base, and the model is what wraps it
         self.check_head()
+        if offload:
+            self.base.to("cpu")
+
+    def at_work(self):
+        """Inside, it is on the device; under offload it comes from the CPU and goes back there."""
+        return on_device(self.base, self.device)
 
     @torch.no_grad()
     def check_head(self):

@@ -44,11 +44,15 @@ def draw(cfg, prompts):
     numbers = range(len(prompts))
     texts = prompts  # with refiner=null they are drawn as they are
     if cfg.refiner:
-        refiner = with_lora(Refiner(cfg.refiner, *place), out / "refiner")
-        texts, _ = refiner.rollout(prompts, 1, [("sample rewrite", cfg.seed, i) for i in numbers])
+        refiner = with_lora(Refiner(cfg.refiner, *place, cfg.offload), out / "refiner")
+        with refiner.at_work():
+            texts, _ = refiner.rollout(
+                prompts, 1, [("sample rewrite", cfg.seed, i) for i in numbers]
+            )
     generator = with_lora(Generator(cfg.generator, *place, cfg.offload), out / "generator")
     # (B, 3, H, W), Euler steps: nothing explores here
-    images, _ = generator.rollout(texts, [("sample", cfg.seed, i) for i in numbers])
+    with generator.at_work():
+        images, _ = generator.rollout(texts, [("sample", cfg.seed, i) for i in numbers])
     folder = out / "drawn"
     folder.mkdir(parents=True, exist_ok=True)
     # a name that is free: earlier pictures stay, whichever of them were deleted

@@ -3,9 +3,11 @@
 import json
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ import bench
 import generator
 import grpo
 import refiner
-from common import rng
+from common import on_device, rng
 from folder import flat
 from learner import UpdateConfig
 from reward import RewardConfig
@@ -418,6 +420,48 @@ def test_the_second_update_compares_with_the_rollout(few, spy, log_prob):
     rewrites = change[4:]
     assert max(*pictures[:2], rewrites[0]) < 1e-6
     assert min(pictures[2:]) > 2e-6 and rewrites[1] > 1e-5
+
+
+def test_a_policy_is_on_the_device_while_it_works_and_at_no_other_time(few, monkeypatch):
+    """A whole step, a look and a restore under offload; the other policy waits."""
+    here = []
+
+    @contextmanager
+    def at_work(model, device):
+        assert not here  # one at a time
+        here.append(model)
+        yield
+        here.pop()
+
+    def needs(kind, name, part):
+        stock = getattr(kind, name)
+
+        def method(self, *args, **kwargs):
+            assert here == [getattr(self, part)]
+            return stock(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, name, method)
+
+    cfg = few("offload=true", "updates=2", stage=JOINT)
+    run = grpo.Run(cfg)
+    for module in (generator, refiner):
+        monkeypatch.setattr(module, "on_device", at_work)
+    for name in ("rollout", "remember", "terms", "update_ema"):
+        needs(generator.Generator, name, "transformer")
+        needs(refiner.Refiner, name, "base")
+    run.step(cfg.stages[0], 0)
+    run.evaluate(cfg.stages[0])
+    run.restore(run.state())
+    assert not here
+
+
+def test_a_model_visits_a_device():
+    """And goes back, after an exception too."""
+    model = Mock()
+    model.parameters.side_effect = lambda: iter([torch.zeros(1)])
+    with pytest.raises(KeyError), on_device(model, "cuda"):
+        raise KeyError
+    assert model.to.mock_calls == [call("cuda"), call(torch.device("cpu"))]
 
 
 def test_every_prompt_is_drawn_once_before_any_is_drawn_twice():
