@@ -530,7 +530,7 @@ WAYS = ["ratio=guard", "ratio=ppo", "log_prob=elbo"]
 @pytest.mark.parametrize("way", WAYS)
 def test_a_reward_of_ones_own_rises_and_its_weights_are_kept(few, way):
     """Brightness, with no judge beside it: it rises on prompts and noise that never trained."""
-    stage = "train: generator, steps: 8, prompts: 4, images: 8"
+    stage = "train: generator, steps: 8, prompts: 4, images: 16"
     cfg = few(*FORK, f"generator.{way}", stage=stage)
     grpo.train(cfg)
     rows = [json.loads(line) for line in open(f"{cfg.out}/metrics.jsonl")]
