@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from dataclasses import field, fields, is_dataclass
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from safetensors.torch import load_file
 
 
@@ -129,10 +131,30 @@ def load_model(cls, path, **options):
     return model
 
 
+def quantized(kind, cls, dtype):
+    """Options of cls.from_pretrained for frozen weights of 4 or 8 bits; {} for None"""
+    if not kind:
+        return {}
+    with loading(f"quantize: {kind} (pip install bitsandbytes for nf4, torchao for int8)"):
+        library = transformers if cls.__module__.startswith("transformers") else diffusers
+        if kind == "nf4":
+            config = library.BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            )
+        else:  # not bitsandbytes, whose 8-bit weights cannot wait on the CPU
+            from torchao.quantization import Int8WeightOnlyConfig
+
+            config = library.TorchAoConfig(Int8WeightOnlyConfig())
+    return {"quantization_config": config}
+
+
 def check_finite(path, tensors):
     """ConfigError for {name: tensor} that holds NaN or infinity: it would spread to all that it meets."""
     bad = [
-        name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()
+        name
+        for name, t in tensors.items()
+        # of another type are quantised weights, which cannot be asked
+        if type(t) is torch.Tensor and t.is_floating_point() and not t.isfinite().all()
     ]
     if bad:
         raise ConfigError(f"{path}: not finite: {few(bad)}; expected whole weights")

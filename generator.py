@@ -29,7 +29,7 @@ of a prompt share t and eps, or the luck of the noise would look like their meri
 """
 
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -87,6 +87,8 @@ class GeneratorConfig:
     ema: float = bounded("decay", 0.9)
     ema_every: int = bounded("positive", 1)
     gradient_checkpointing: bool = False
+    quantize: Literal["nf4", "int8"] | None = None
+    compile: bool = False
 
     def check(self):
         if self.log_prob == "path" and self.window + (self.last_start or 0) >= self.draw_steps:
@@ -290,6 +292,8 @@ class Generator:
         for part in self.transformer.modules():
             if hasattr(part, "moe_infer"):  # HiDream's experts, which have gradients in this mode alone
                 part.training = True
+        self.text_encoder = parts.get("text_encoder")
+        self.without_lora = nullcontext  # of a refiner that is the text encoder
         self.waiting = {n: p for n, p in parts.items() if offload and n.startswith("text_encoder")}
         for name in self.waiting:
             setattr(self.pipe, name, None)
@@ -301,6 +305,8 @@ class Generator:
         self.pipe.scheduler = self.scheduler
         if cfg.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
+        if cfg.compile and self.device.type == "cuda":  # on a CPU it takes longer than a short run gains
+            self.transformer.compile_repeated_blocks()
         if cfg.height * cfg.width > 256**2 and hasattr(self.pipe.vae, "enable_slicing"):
             # decodes one picture at a time: at 1024 px a batch would not fit
             self.pipe.vae.enable_slicing()
@@ -427,6 +433,12 @@ class Generator:
 
     # ------------------------------------------------ drawing
 
+    @contextmanager
+    def encoders(self):
+        """Inside, the text encoders can be called, and give what they gave before anything was trained"""
+        with self.without_lora(), visiting(self.pipe, self.waiting, self.device):
+            yield
+
     def rollout(self, prompts, keys, window=(), times=(), num_steps=None):
         """Draw one picture per prompt in num_steps, the config's if None -> images, Trajectory
 
@@ -436,8 +448,7 @@ class Generator:
         may be split in any way. images: (B,3,H,W) f32 in [0,1] on the CPU.
         """
         num_steps = num_steps or self.cfg.num_steps
-        encoders = lambda: visiting(self.pipe, self.waiting, self.device)
-        encode = EncodeOnce(self.pipe, prompts, encoders, self.micro_batch)
+        encode = EncodeOnce(self.pipe, prompts, self.encoders, self.micro_batch)
         images = []
         finished = []
         steps = []

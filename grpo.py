@@ -263,7 +263,7 @@ class Run:
         self.policies = {"generator": self.generator}
         self.refiner = None
         if cfg.refiner:
-            self.refiner = Refiner(cfg.refiner, *place, cfg.offload)
+            self.refiner = Refiner(cfg.refiner, *place, cfg.offload, self.generator)
             self.policies["refiner"] = self.refiner
         shape = (cfg.generator.height, cfg.generator.width)
         photos, _ = read_photos(cfg.validation_photos, shape)  # (n, 3, H, W)

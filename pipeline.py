@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
-from common import ConfigError, check_folder, check_tokenizer, load_model, loading
+from common import ConfigError, check_folder, check_tokenizer, load_model, loading, quantized
 
 
 # arguments of the call that are not generator.call's to set
@@ -42,7 +42,10 @@ def load_pipeline(cfg, dtype):
         if isinstance(entry, list) and entry[0] in ("diffusers", "transformers"):
             kind = getattr(importlib.import_module(entry[0]), entry[1])
             if issubclass(kind, torch.nn.Module):
-                parts[name] = load_model(kind, cfg.model, subfolder=name, dtype=dtype)
+                options = dict(subfolder=name, dtype=dtype)
+                if name != "vae":  # which is small, and draws
+                    options |= quantized(cfg.quantize, kind, dtype)
+                parts[name] = load_model(kind, cfg.model, **options)
     with loading(cfg.model):
         pipe = DiffusionPipeline.from_pretrained(cfg.model, dtype=dtype, **parts)
     for name, part in pipe.components.items():  # some pipelines have two or three

@@ -15,6 +15,7 @@ completion tokens, B rewrites:
 """
 
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -33,6 +34,7 @@ from common import (
     load_model,
     loading,
     on_device,
+    quantized,
     rng,
     torch_seed,
 )
@@ -51,6 +53,7 @@ class RefinerConfig:
     """See config.yaml for units and reasons."""
 
     model: str = "nano/refiner"
+    quantize: Literal["nf4", "int8"] | None = None
     system_prompt: str = SYSTEM_PROMPT
     examples: dict[str, str] = field(default_factory=dict)
     max_new_tokens: int = bounded("positive", 64)
@@ -141,27 +144,44 @@ def sample_by_row(rngs, temperature):
 class Refiner:
     """A chat LLM with a LoRA: `rollout` samples rewrites, `terms` scores their tokens with gradients."""
 
-    def __init__(self, cfg, device="cpu", dtype=torch.float32, micro_batch=64, offload=False):
-        """offload: it waits on the CPU outside `at_work`"""
+    def __init__(
+        self, cfg, device="cpu", dtype=torch.float32, micro_batch=64, offload=False, generator=None
+    ):
+        """offload: it waits on the CPU outside `at_work`. generator: whose text encoder it may be."""
         self.cfg = cfg
         self.device = torch.device(device)
         self.micro_batch = micro_batch
-        check_folder(cfg.model, "config.json")
-        with loading(cfg.model):
-            self.tokenizer = AutoTokenizer.from_pretrained(cfg.model)
-        check_tokenizer(cfg.model, self.tokenizer)
+        if cfg.model == "text_encoder":  # one set of weights, with the LoRA where it writes
+            self.base = generator.text_encoder
+            self.tokenizer = generator.pipe.tokenizer
+            generator.without_lora = self.reference
+            if self.base.get_output_embeddings() is None:
+                raise ConfigError(
+                    f"refiner.model: text_encoder is a {type(self.base).__name__}; expected one that "
+                    "writes, such as FLUX.2-klein's Qwen3ForCausalLM"
+                )
+        else:
+            self.load_model(dtype)
+            self.base.to("cpu" if offload else device)
         # one that is not instruction-tuned has no template
         with loading(f"refiner: chat template of {cfg.model}"):
             chat(self.tokenizer, ["a photo"], cfg.system_prompt, cfg.examples)
         # Llama's has none; the mask hides whatever stands there
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.base = load_model(AutoModelForCausalLM, cfg.model, dtype=dtype).to(device).eval()
-        self.base.requires_grad_(False)
         self.model = self.base  # a LoRA is written into the base, and the model is what wraps it
-        self.check_head()
-        if offload:
-            self.base.to("cpu")
+        with self.at_work():
+            self.check_head()
+
+    def load_model(self, dtype):
+        """Base and tokenizer of cfg.model"""
+        check_folder(self.cfg.model, "config.json")
+        with loading(self.cfg.model):
+            self.tokenizer = AutoTokenizer.from_pretrained(self.cfg.model)
+        check_tokenizer(self.cfg.model, self.tokenizer)
+        options = quantized(self.cfg.quantize, AutoModelForCausalLM, dtype)
+        self.base = load_model(AutoModelForCausalLM, self.cfg.model, dtype=dtype, **options)
+        self.base.requires_grad_(False).eval()
 
     def at_work(self):
         """Inside, it is on the device; under offload it comes from the CPU and goes back there."""
@@ -215,7 +235,7 @@ class Refiner:
 
     def reference(self):
         """A context, inside which the LoRA is off"""
-        return self.model.disable_adapter()
+        return nullcontext() if self.model is self.base else self.model.disable_adapter()
 
     # ------------------------------------------------ sampling
 

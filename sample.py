@@ -43,13 +43,15 @@ def draw(cfg, prompts):
     )
     numbers = range(len(prompts))
     texts = prompts  # with refiner=null they are drawn as they are
+    generator = with_lora(Generator(cfg.generator, *place, cfg.offload), out / "generator")
     if cfg.refiner:
-        refiner = with_lora(Refiner(cfg.refiner, *place, cfg.offload), out / "refiner")
+        refiner = with_lora(
+            Refiner(cfg.refiner, *place, cfg.offload, generator), out / "refiner"
+        )
         with refiner.at_work():
             texts, _ = refiner.rollout(
                 prompts, 1, [("sample rewrite", cfg.seed, i) for i in numbers]
             )
-    generator = with_lora(Generator(cfg.generator, *place, cfg.offload), out / "generator")
     # (B, 3, H, W), Euler steps: nothing explores here
     with generator.at_work():
         images, _ = generator.rollout(texts, [("sample", cfg.seed, i) for i in numbers])

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -610,3 +610,61 @@ def test_a_run_writes_what_it_says(few, refused, tmp_path, monkeypatch):
         assert any("lora_B" in name for name, _ in model.named_parameters())
     assert "is in use" in refused(str(tmp_path / "config.yaml"), stages)
     assert len((out / "metrics.jsonl").read_text().splitlines()) == len(rows)
+
+
+# ---------------------------------------------------------------- one LLM for two
+
+
+def test_a_text_encoder_that_writes_is_the_refiner(few, tmp_path):
+    """FLUX.2-klein encodes prompts with a Qwen3: its LoRA trains as the refiner and is off where prompts are encoded."""
+    import pipelines
+
+    torch.manual_seed(0)
+    pipe, call = pipelines.klein(is_distilled=True)
+    pipe.save_pretrained(tmp_path / "klein")
+    cfg = few(
+        f"generator.model={tmp_path}/klein",
+        f"generator.call={json.dumps(call)}",
+        "generator.log_prob=elbo",
+        "refiner.model=text_encoder",
+        "refiner.max_new_tokens=4",
+        "refiner.lr=0.1",
+        "offload=true",
+        stage="train: joint, steps: 1, prompts: 2, images: 2, rewrites: 2",
+    )
+    run = grpo.Run(cfg)
+    assert run.refiner.base is run.generator.text_encoder
+    keys = [("test", 0), ("test", 1)]
+    words = ["a cat", "a dog"]
+    with run.generator.at_work():
+        before, _ = run.generator.rollout(words, keys)
+    state = {name: p.clone() for name, p in run.refiner.state().items()}
+    run.update("refiner", *rewritten(run, words))
+    assert any(not torch.equal(p, state[name]) for name, p in run.refiner.state().items())
+    with run.generator.at_work():
+        after, _ = run.generator.rollout(words, keys)
+    assert torch.equal(before, after)
+    # with the LoRA on, pictures would be others
+    run.generator.without_lora = nullcontext
+    with run.generator.at_work():
+        assert not torch.equal(run.generator.rollout(words, keys)[0], before)
+
+
+def rewritten(run, prompts):
+    """Two rewrites of each prompt, of which the first is the better one"""
+    _, record = run.refiner.rollout(prompts, 2, [("rewrite", p) for p in range(len(prompts))])
+    return record, torch.tensor([[1.0, -1.0]] * len(prompts))
+
+
+def test_a_text_encoder_that_does_not_write_is_no_refiner(few, refused, tmp_path):
+    few()
+    words = [str(tmp_path / "config.yaml"), "refiner.model=text_encoder"]
+    assert "text_encoder is a CLIPTextModel" in refused(*words)
+
+
+def test_fewer_bits_ask_for_their_library(refused, few, monkeypatch, tmp_path):
+    few()
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    words = [str(tmp_path / "config.yaml"), "refiner.quantize=int8"]
+    assert "pip install" in refused(*words)
