@@ -731,7 +731,7 @@ def refiner_stage(args):
     from refiner import RefinerConfig, chat
 
     config = RefinerConfig()
-    rng, steps, batch = random.Random(2), args.steps or 900, 32
+    rng, steps, batch = random.Random(2), args.steps or 3000, 32
     subjects = [s for _, s, *_ in SUBJECTS.values()]
 
     def pair():
