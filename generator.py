@@ -43,7 +43,7 @@ from peft.utils import get_peft_model_state_dict
 
 from common import ConfigError, bounded, check_adapter, loading, on_device, rng, torch_seed
 from kernels import gaussian_log_prob, per_sample_mean, sde_log_ratio, velocity_kl
-from pipeline import EncodeOnce, call_pipeline, load_pipeline, visiting
+from pipeline import EncodeOnce, call_pipeline, check_replay, load_pipeline, visiting
 
 ATTENTION = [
     "to_q",
@@ -290,7 +290,8 @@ class Generator:
         for part in parts.values():  # what trains is the LoRA, which is added later
             part.requires_grad_(False).eval()
         for part in self.transformer.modules():
-            if hasattr(part, "moe_infer"):  # HiDream's experts, which have gradients in this mode alone
+            # HiDream's experts, which have gradients in this mode alone
+            if hasattr(part, "moe_infer"):
                 part.training = True
         self.text_encoder = parts.get("text_encoder")
         self.without_lora = nullcontext  # of a refiner that is the text encoder
@@ -305,45 +306,19 @@ class Generator:
         self.pipe.scheduler = self.scheduler
         if cfg.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        if cfg.compile and self.device.type == "cuda":  # on a CPU it takes longer than a short run gains
+        # on a CPU it takes longer than a short run gains
+        if cfg.compile and self.device.type == "cuda":
             self.transformer.compile_repeated_blocks()
         if cfg.height * cfg.width > 256**2 and hasattr(self.pipe.vae, "enable_slicing"):
             # decodes one picture at a time: at 1024 px a batch would not fit
             self.pipe.vae.enable_slicing()
-        self.check_replay()
+        self.grid = check_replay(self)  # num_steps + 1 times
         if offload and not shard:
             self.transformer.to("cpu")
 
     def at_work(self):
         """Inside, the transformer is on the device; under offload it comes from the CPU and goes back there."""
         return on_device(self.transformer, self.device)
-
-    def check_replay(self):
-        """Draw two pictures, replay one. What depends on a step's number or the batch cannot be trained."""
-        keys = [("check", row) for row in range(2)]
-        rows = [0] * min(2, self.micro_batch)  # in a batch as large as it was drawn in
-        with loading(f"generator: {type(self.pipe).__name__} of {self.cfg.model}"), torch.no_grad():
-            for n in (self.cfg.draw_steps, self.cfg.num_steps):
-                images, record = self.rollout(["a photo", "a cat"], keys, range(n), num_steps=n)
-                self.grid = self.scheduler.grid  # n + 1 times, in the end those of num_steps
-                if sum(0 < t < 1.001 for t in self.grid) != n:  # Qwen-Image 2.1 may have its own
-                    raise ConfigError(
-                        f"generator.num_steps, draw_steps: {n}; the model's times are {self.grid}; "
-                        "expected as many in (0, 1]"
-                    )
-                for step in record.steps:
-                    v = self.replay(record, step.index, step.x[rows], rows)
-                    if (v - step.v[rows]).abs().max() > 0.01 * step.v.abs().max():
-                        raise ConfigError(
-                            f"generator.model: {self.cfg.model}: step {step.index} is another when "
-                            "replayed; expected one that depends on no number and no other picture"
-                        )
-        drawn = tuple(images.shape[2:])
-        if drawn != (self.cfg.height, self.cfg.width):
-            asked = f"{self.cfg.height}, {self.cfg.width}"
-            raise ConfigError(
-                f"generator.height, width: {asked}; {self.cfg.model} draws {drawn}; expected those"
-            )
 
     # ------------------------------------------------ LoRA
 
@@ -512,22 +487,6 @@ class Generator:
         finally:
             self.scheduler.off()
         return self.scheduler.velocity
-
-    @torch.no_grad()
-    def reconstruct(self, images):
-        """Pictures through the autoencoder, as the pipeline's own come: (B,3,H,W) in [0,1] -> the same"""
-        vae = self.pipe.vae
-        films = "temperal_downsample" in vae.config  # of which a picture is one frame: Qwen-Image's
-        parts = []
-        with loading(f"{type(vae).__name__}, for photographs"):
-            for x in images.split(self.micro_batch):
-                x = (x * 2 - 1).to(self.device, vae.dtype)  # (b, 3, H, W)
-                found = vae.encode(x[:, :, None] if films else x, return_dict=False)[0]
-                # Sana's are no distribution
-                latents = found if torch.is_tensor(found) else found.mode()
-                x = vae.decode(latents, return_dict=False)[0].reshape(x.shape)
-                parts.append((x.float() / 2 + 0.5).clamp(0, 1).cpu())
-        return torch.cat(parts)
 
     # ------------------------------------------------ what GRPO asks of a policy
 

@@ -55,6 +55,7 @@ from folder import Log, checkpoints, load_checkpoint, lock, save_checkpoint
 from generator import Generator, GeneratorConfig, draw_times, draw_window
 from learner import Learner, Photographs, UpdateConfig
 from plots import save_before_after, save_curves, save_grid
+from pipeline import reconstruct
 from refiner import Refiner, RefinerConfig, cue_share
 from reward import (
     Clip,
@@ -290,7 +291,9 @@ class Run:
 
     def real(self, photos):
         """Photographs as pictures come, through the autoencoder: its blur would give the pictures away."""
-        return self.generator.reconstruct(photos) if self.cfg.autoencode_photos else photos
+        if not self.cfg.autoencode_photos:
+            return photos
+        return reconstruct(self.generator.pipe.vae, photos, self.device, self.cfg.micro_batch)
 
     @torch.no_grad()
     def features(self, images):

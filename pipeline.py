@@ -243,3 +243,56 @@ def visiting(pipe, encoders, device):
         for name, encoder in encoders.items():
             setattr(pipe, name, None)  # or the pipeline would take its device from them
             encoder.to("cpu")
+
+
+# ---------------------------------------------------------------- what else is asked of it
+
+
+@torch.no_grad()
+def check_replay(policy):
+    """A Generator draws two pictures and replays one -> its time grid of num_steps + 1
+
+    ConfigError where a step depends on its number or on the batch: it cannot be trained.
+    """
+    cfg = policy.cfg
+    keys = [("check", row) for row in range(2)]
+    rows = [0] * min(2, policy.micro_batch)  # in a batch as large as it was drawn in
+    with loading(f"generator: {type(policy.pipe).__name__} of {cfg.model}"):
+        for n in (cfg.draw_steps, cfg.num_steps):
+            images, record = policy.rollout(["a photo", "a cat"], keys, range(n), num_steps=n)
+            grid = policy.scheduler.grid  # n + 1 times
+            if sum(0 < t < 1.001 for t in grid) != n:  # Qwen-Image 2.1 may have its own
+                raise ConfigError(
+                    f"generator.num_steps, draw_steps: {n}; the model's times are {grid}; expected as "
+                    "many in (0, 1]"
+                )
+            for step in record.steps:
+                v = policy.replay(record, step.index, step.x[rows], rows)
+                if (v - step.v[rows]).abs().max() > 0.01 * step.v.abs().max():
+                    raise ConfigError(
+                        f"generator.model: {cfg.model}: step {step.index} is another when replayed; "
+                        "expected one that depends on no number and no other picture"
+                    )
+    drawn = tuple(images.shape[2:])
+    if drawn != (cfg.height, cfg.width):
+        asked = f"{cfg.height}, {cfg.width}"
+        raise ConfigError(
+            f"generator.height, width: {asked}; {cfg.model} draws {drawn}; expected those"
+        )
+    return grid
+
+
+@torch.no_grad()
+def reconstruct(vae, images, device, micro_batch):
+    """Photographs through an autoencoder, as pictures come: (B,3,H,W) in [0,1] -> the same on the CPU"""
+    films = "temperal_downsample" in vae.config  # of which a picture is one frame: Qwen-Image's
+    parts = []
+    with loading(f"{type(vae).__name__}, for photographs"):
+        for x in images.split(micro_batch):
+            x = (x * 2 - 1).to(device, vae.dtype)  # (b, 3, H, W)
+            found = vae.encode(x[:, :, None] if films else x, return_dict=False)[0]
+            # Sana's are no distribution
+            latents = found if torch.is_tensor(found) else found.mode()
+            x = vae.decode(latents, return_dict=False)[0].reshape(x.shape)
+            parts.append((x.float() / 2 + 0.5).clamp(0, 1).cpu())
+    return torch.cat(parts)

@@ -166,7 +166,9 @@ def generator(cfg):
 def refiner(cfg):
     """Of the language policy"""
     c = cfg.refiner
-    model = build(SIZES["models"][c.model])
+    # text_encoder: the one that writes is the first of the pipeline
+    encoder = SIZES["pipelines"][cfg.generator.model]["encoders"][0]
+    model = build(encoder if c.model == "text_encoder" else SIZES["models"][c.model])
     part = {"refiner": weights(model)}
     config = LoraConfig(r=c.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
     get_peft_model(model, config)
@@ -233,10 +235,13 @@ def phases(cfg, stage, part):
     def total(*names):
         return sum(part[name] for name in set(", ".join(names).split(", ")))
 
-    always = [STAYS] if cfg.offload else [STAYS, WAITS]
+    waits = WAITS
+    if cfg.refiner.model == "text_encoder":  # it is counted there
+        waits = waits.replace("refiner, ", "")
+    always = [STAYS] if cfg.offload else [STAYS, waits]
     idle = {"generator": "the refiner learns", "refiner": "the generator learns"}.get(stage.train)
     rows = [(name, total(work, *always)) for name, work in PHASES.items() if name != idle]
-    return rows + [("on the CPU", total(WAITS))] * cfg.offload
+    return rows + [("on the CPU", total(waits))] * cfg.offload
 
 
 def table(*head, rows):

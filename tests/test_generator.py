@@ -30,6 +30,7 @@ from generator import (
     sde_coefficients,
 )
 from grpo import clipped_loss
+from pipeline import reconstruct
 
 PROMPTS = [
     "a cat",
@@ -569,7 +570,7 @@ def test_a_row_of_the_table_of_pipelines(name):
 def test_photographs_pass_through_any_autoencoder(tiny_generator, name):
     """One that takes pictures, one that takes films"""
     photos = torch.rand(3, 3, 16, 16)
-    assert tiny_generator(name, micro_batch=2).reconstruct(photos).shape == photos.shape
+    assert reconstruct(tiny_generator(name).pipe.vae, photos, "cpu", 2).shape == photos.shape
 
 
 CHANGED = [
