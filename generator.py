@@ -80,7 +80,7 @@ class GeneratorConfig:
     lora_rank: int = bounded("positive", 16)
     lora_alpha: int = bounded("positive", 32)
     lora_targets: list[str] = field(default_factory=lambda: ATTENTION + MLP)
-    lr: float = bounded("positive", 1e-3)
+    lr: float = bounded("positive", 1.5e-3)
     ratio: Literal["guard", "ppo"] = "guard"
     clip_range: float = bounded("positive", 1e-3)
     beta: float = bounded("natural", 0.08)
