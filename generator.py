@@ -43,7 +43,7 @@ from peft.utils import get_peft_model_state_dict
 
 from common import ConfigError, bounded, check_adapter, loading, on_device, rng, torch_seed
 from kernels import gaussian_log_prob, per_sample_mean, sde_log_ratio, velocity_kl
-from pipeline import EncodeOnce, call_pipeline, check_replay, load_pipeline, visiting
+from pipeline import EncodeOnce, call_pipeline, check_replay, encoders_on, load_pipeline
 
 ATTENTION = [
     "to_q",
@@ -134,7 +134,7 @@ class Noised:
         return (1 - self.t) * x0 + self.t * eps, eps - x0
 
 
-def join(parts):
+def join_rows(parts):
     """The same step of each micro-batch -> the Step of the whole batch
 
     Place and coefficients are those of the window, the same in all.
@@ -181,13 +181,16 @@ def draw_window(num_steps, window, last_start, rng):
     """The stochastic steps of an iteration: neighbours, never the last step; in the first half of the grid
     unless last_start says more"""
     if last_start is None:
-        last_start = max(min(num_steps // 2, num_steps - 1) - window, 0)
+        last_start = max(num_steps // 2 - window, 0)
     start = int(rng.integers(0, last_start + 1))
     return range(start, start + window)
 
 
 def draw_times(num_steps, times, rng):
-    """The places in the grid at which pictures are noised again: one in each of `times` equal parts"""
+    """The places in the grid at which pictures are noised again: one in each of `times` equal parts
+
+    Two parts may share a place where `times` does not divide num_steps.
+    """
     return [int((part + rng.random()) * num_steps / times) for part in range(times)]
 
 
@@ -352,7 +355,7 @@ class Generator:
             p.data = p.data.float()  # AdamW's steps of 1e-4 would vanish in bf16
             p.requires_grad_(True)
         self.ema = {n: p.detach().clone() for n, p in self.lora.items()}
-        self.updates = torch.zeros(())  # () optimizer steps so far
+        self.optimizer_steps = torch.zeros(())  # () optimizer steps so far
 
     def save(self, folder):
         """The EMA weights, as `load_lora_weights(folder)` of the stock pipeline reads them
@@ -373,13 +376,13 @@ class Generator:
     def state(self):
         """{name: tensor} of all that training changes, by reference"""
         live = {f"lora.{name}": p.detach() for name, p in self.lora.items()}
-        return live | {f"ema.{name}": p for name, p in self.ema.items()} | {"updates": self.updates}
+        return live | {f"ema.{name}": p for name, p in self.ema.items()} | {"optimizer_steps": self.optimizer_steps}
 
     @torch.no_grad()
     def update_ema(self):
         """The average over updates, each of which follows from few pictures; shorter at first"""
-        self.updates += 1
-        n = self.updates.item()
+        self.optimizer_steps += 1
+        n = self.optimizer_steps.item()
         if n % self.cfg.ema_every == 0:
             decay = min(n / (n + 9), self.cfg.ema)
             for name, p in self.lora.items():
@@ -411,7 +414,7 @@ class Generator:
     @contextmanager
     def encoders(self):
         """Inside, the text encoders can be called, and give what they gave before anything was trained"""
-        with self.without_lora(), visiting(self.pipe, self.waiting, self.device):
+        with self.without_lora(), encoders_on(self.pipe, self.waiting, self.device):
             yield
 
     def rollout(self, prompts, keys, window=(), times=(), num_steps=None):
@@ -440,7 +443,7 @@ class Generator:
                 "generator: pictures are not finite: it has diverged; a lower generator.lr may help"
             )
         if not times:
-            return images, Trajectory(encode, num_steps, [join(parts) for parts in zip(*steps)])
+            return images, Trajectory(encode, num_steps, [join_rows(parts) for parts in zip(*steps)])
         x0 = torch.cat(finished)  # (B, ...)
         # a key without its last part, the sample: the pictures of a prompt share their noise
         noised = [

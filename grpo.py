@@ -22,7 +22,8 @@ A stage trains `refiner` (generator frozen), `generator` (refiner frozen) or `jo
 trains both). GRPO does not know which policy is a diffusion model and which an LLM. Both have:
 
     rollout(...)            what it made, and a record of how
-    terms(record, rows)     log-ratios and KL of some rows of the record, with gradients, and their weights
+    terms(record, rows)     log-ratios and KL of some rows of the record, with gradients; scale of the
+                            advantage, weight in the loss, figures
     count(record, rows)     what the loss of these rows is divided by
     remember(record, rows)  keep old log-probs, before the first of several updates
     clip(), parameters(), state(), update_ema(), at_work(), save(folder), load(folder)
@@ -170,6 +171,8 @@ def check_run(cfg):
             fault = "no text to draw; expected rewrites of 1 or more, or keep_original: true"
         elif stage.rewrites and not cfg.refiner:
             fault = f"rewrites: {stage.rewrites}, but refiner is null; expected 0, or a refiner"
+        elif cfg.generator.log_prob == "path" and stage.images % cfg.generator.branches:
+            fault = f"images: {stage.images}; expected a multiple of generator.branches"
         elif stage.prompts % parts:
             fault = f"prompts: {stage.prompts}; expected a multiple of {parts}, updates x processes"
         if fault:
@@ -214,7 +217,7 @@ def advantages(scores, weights, groups):
 
 
 def extremes(advantage, k):
-    """(groups, G) -> bool: the k worst and k best of each group, who are told most; all where k is 0"""
+    """(groups, G) -> bool: the k worst and k best of each group, whose advantages are largest; all where k is 0"""
     if k == 0:
         return torch.ones_like(advantage, dtype=torch.bool)
     order = advantage.argsort(1)  # (groups, G)
@@ -331,8 +334,10 @@ class Run:
         # against what the user typed, not what was drawn: a rewrite that drifts off the subject loses
         words = [prompt for prompt in ranks.mine(prompts) for _ in range(N * M)]
         scores = self.score(self.rewards, images, words, P)  # {name: (P*N*M,)}
-        reward = self.combine(scores).view(P, -1)  # (P, N*M), for people
-        spread = reward.std(1)  # (P,)
+        reward = self.combine(scores).view(P, N, M)  # for people
+        # (groups, G), what is compared: the pictures of a text, or the texts of a prompt
+        compared = reward.mean(2) if stage.train == "refiner" else reward.flatten(0, 1)
+        spread = compared.std(1, correction=0)  # (groups,)
         row = {
             "reward": reward.mean().item(),
             "reward_std": spread.mean().item(),
@@ -424,8 +429,8 @@ class Run:
         scores = {name: r.view(P * stage.texts, -1).mean(1) for name, r in scores.items()}  # (P*N,)
         bad = ranks.gather(rewrites.bad_format, P).view(P, -1)  # (P, rewrites)
         users = int(stage.keep_original)
-        scores["format"] = -F.pad(bad, (users, 0)).flatten()  # (P*N,)
-        weights = self.weights | {"format": self.cfg.refiner.format_penalty}
+        scores["(format)"] = -F.pad(bad, (users, 0)).flatten()  # (P*N,), a name that no reward has
+        weights = self.weights | {"(format)": self.cfg.refiner.format_penalty}
         return advantages(scores, weights, P)[:, users:]
 
     def update(self, name, record, advantage, k=0):
@@ -447,7 +452,7 @@ class Run:
         figures = defaultdict(float)
         norm = 0.0
         for part in parts:
-            count = ranks.sum_figures({"rows": policy.count(record, part)})["rows"]
+            count = ranks.total(policy.count(record, part))
             for first in range(0, len(part), self.cfg.micro_batch):
                 rows = part[first : first + self.cfg.micro_batch]
                 for log_ratio, kl, scale, weight, more in policy.terms(record, rows):  # (b, L)
@@ -495,7 +500,7 @@ class Run:
         prompts = ranks.mine(self.validation_prompts)
         words = [prompt for prompt in prompts for _ in range(M)]  # p*M
         texts = words
-        if stage.train != "generator":  # another rewrite for each picture
+        if stage.rewrites:  # another one for each picture
             keys = [("look rewrite", seed, p) for p in numbers]
             with self.refiner.at_work():
                 texts, _ = self.refiner.rollout(prompts, M, keys)
@@ -578,11 +583,11 @@ def train(cfg):
                     finish_stage(run, number, progress, log)
                 progress["turn"] += 1
                 # a signal may have reached one rank alone: all stop at the same turn
-                stopped = ranks.sum_figures({"signals": len(stop)})["signals"] > 0
+                stopped = ranks.total(len(stop)) > 0
                 if stopped or over or progress["turn"] % cfg.save_every == 0:
                     save_checkpoint(cfg, run.state(), progress)
                 if stopped:
-                    sys.exit(143 if signal.SIGTERM in stop else 0)
+                    sys.exit(128 + stop[0])  # as a shell counts it, so that && goes no further
 
 
 def look(run, stage, iteration, looks):

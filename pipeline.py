@@ -8,7 +8,9 @@ its own business.
 
 import importlib
 import inspect
+import traceback
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -233,7 +235,7 @@ def call_pipeline(pipe, cfg, num_steps, encode, rows, latents, output_type):
 
 
 @contextmanager
-def visiting(pipe, encoders, device):
+def encoders_on(pipe, encoders, device):
     """Inside, the text encoders {name: module} are on the device; outside they wait on the CPU."""
     for name, encoder in encoders.items():
         setattr(pipe, name, encoder.to(device))
@@ -248,6 +250,21 @@ def visiting(pipe, encoders, device):
 # ---------------------------------------------------------------- what else is asked of it
 
 
+@contextmanager
+def calling(what):
+    """As `loading`, but an error in a line of ours is a bug, in a fork too, and keeps its traceback."""
+    try:
+        with loading(what):
+            yield
+    except ConfigError as error:
+        cause = error.__cause__
+        if cause:
+            line = traceback.extract_tb(cause.__traceback__)[-1]
+            if Path(line.filename).parent == Path(__file__).parent:
+                raise cause
+        raise
+
+
 @torch.no_grad()
 def check_replay(policy):
     """A Generator draws two pictures and replays one -> its time grid of num_steps + 1
@@ -257,7 +274,7 @@ def check_replay(policy):
     cfg = policy.cfg
     keys = [("check", row) for row in range(2)]
     rows = [0] * min(2, policy.micro_batch)  # in a batch as large as it was drawn in
-    with loading(f"generator: {type(policy.pipe).__name__} of {cfg.model}"):
+    with calling(f"generator: {type(policy.pipe).__name__} of {cfg.model}"):
         for n in (cfg.draw_steps, cfg.num_steps):
             images, record = policy.rollout(["a photo", "a cat"], keys, range(n), num_steps=n)
             grid = policy.scheduler.grid  # n + 1 times

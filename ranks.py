@@ -65,6 +65,11 @@ def all_sum(tensor):
     return tensor
 
 
+def total(number):
+    """The sum of a number over the ranks"""
+    return all_sum(torch.tensor(number, dtype=torch.float64)).item()
+
+
 def sum_figures(figures):
     """{name: this rank's part} -> {name: sum over the ranks}"""
     total = all_sum(torch.tensor([*figures.values()], dtype=torch.float64))

@@ -98,9 +98,9 @@ def chat(tokenizer, prompts, system_prompt, examples):
 
 
 def read_answer(text):
-    """The last closed <answer> after the thinking, white space folded; None without one or if it is empty"""
+    """The last closed <answer> after the thinking, white space folded; "" without one"""
     answers = re.findall(r"<answer>(.*?)</answer>", text.rpartition("</think>")[2], flags=re.DOTALL)
-    return " ".join(answers[-1].split()) or None if answers else None
+    return " ".join(answers[-1].split()) if answers else ""
 
 
 def cue_share(texts, cues):
@@ -271,7 +271,7 @@ class Refiner:
             ids=torch.cat([ids, completion], 1),
             attention=torch.cat([attention, mask], 1),
             mask=torch.cat([torch.zeros_like(ids), mask], 1).float(),
-            bad_format=torch.tensor([float(answer is None) for answer in answers]),
+            bad_format=torch.tensor([float(not answer) for answer in answers]),
         )
         return texts, record
 
@@ -340,7 +340,7 @@ class Refiner:
             record.old_log_probs |= dict(zip(batch, self.log_probs(record, batch)[0]))
 
     def terms(self, record, rows):
-        """-> log_ratio (b, K+L) with grad, kl, scale, weight, {"entropy"}: zero outside the mask"""
+        """-> log_ratio (b, K+L) with grad, kl, scale, weight (zero outside the mask), {"entropy"}"""
         log_probs, entropy = self.log_probs(record, rows)  # (b, K+L)
         mask = record.mask[rows]  # (b, K+L)
         length = mask.sum(1, keepdim=True)  # (b, 1)

@@ -371,6 +371,9 @@ def nucleus():
         moe_intermediate_dim=16,
         capacity_factors=[2.0] * 5,
     )
+    for name, p in transformer.named_parameters():
+        if "experts" in name:  # torch.empty, which may be anything
+            torch.nn.init.normal_(p, std=0.1)
     encoder = transformers.Qwen3VLForConditionalGeneration(qwen3_vl(both.tokenizer))
     pipe = diffusers.NucleusMoEImagePipeline(transformer, SCHEDULER, qwen_vae(), encoder, both)
     return pipe, dict(guidance_scale=4.0, negative_prompt="blurry", max_sequence_length=256, return_index=-2)

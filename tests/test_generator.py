@@ -7,6 +7,7 @@ import time
 from collections import Counter
 
 import numpy as np
+import generator
 import pipelines
 import pytest
 import torch
@@ -667,3 +668,15 @@ def test_a_mistyped_folder_is_refused_at_once(model):
     with pytest.raises(ConfigError, match=model):
         Generator(GeneratorConfig(model=model))
     assert time.perf_counter() - start < 2
+
+
+def test_a_bug_of_ours_keeps_its_traceback(tiny_generator, monkeypatch):
+    """At load too, where whatever a library raises is one line"""
+    bug = lambda *arguments: [][0]
+    monkeypatch.setattr(generator, "sde_coefficients", bug)
+    with pytest.raises(ConfigError):  # the line stands in this file, so it passes for a library's
+        tiny_generator()
+    monkeypatch.undo()
+    monkeypatch.setattr(generator, "replace", None)
+    with pytest.raises(TypeError):
+        tiny_generator()

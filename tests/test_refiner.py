@@ -67,16 +67,16 @@ ANSWERS = {
     "<answer>a cat,\n raw  photo</answer>": "a cat, raw photo",
     "<think>maybe <answer>no</answer></think>\n<answer>yes</answer>": "yes",
     "<answer>one</answer> or <answer>two</answer>": "two",
-    "<think><answer>no</answer></think> yes": None,
-    "<answer>  \n</answer>": None,
-    "<answer>cut off": None,
-    "": None,
+    "<think><answer>no</answer></think> yes": "",
+    "<answer>  \n</answer>": "",
+    "<answer>cut off": "",
+    "": "",
 }
 
 
 @pytest.mark.parametrize("text,answer", ANSWERS.items())
 def test_an_answer_is_the_last_closed_one_after_the_thinking(text, answer):
-    """White space folded; None where there is nothing to draw."""
+    """White space folded; empty where there is nothing to draw."""
     assert read_answer(text) == answer
 
 
@@ -223,7 +223,7 @@ def test_the_token_losses_are_those_of_their_papers(kind, split):
     old = {0: torch.zeros(4), 1: torch.zeros(4)}
     record = SimpleNamespace(mask=mask, old_log_probs=old)
     llm = object.__new__(Refiner)
-    llm.cfg = RefinerConfig(loss=kind, max_new_tokens=10)
+    llm.cfg = RefinerConfig(loss=kind, max_new_tokens=10, beta=0)
     llm.log_probs = lambda _, rows: (log_probs[rows], None)
     total = 0
     for rows in split:
