@@ -110,6 +110,7 @@ class Config:
     )
     micro_batch: int = bounded("positive", 36)
     updates: int = bounded("positive", 1)
+    lr_schedule: Literal["constant", "linear"] = "linear"
     weight_decay: float = bounded("natural", 1e-4)
     max_grad_norm: float = bounded("positive", 1.0)
     eval_every: int = bounded("positive", 4)
@@ -473,6 +474,12 @@ class Run:
             norm += self.optimize(name) / updates
         return ranks.sum_figures(figures) | {"grad_norm": norm}
 
+    def set_lr(self, share):
+        """Each policy's learning rate: a share of its own"""
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = share * self.policies[name].cfg.lr
+
     def optimize(self, name):
         """One AdamW step -> the gradient's norm. It is left out where that is not finite."""
         policy = self.policies[name]
@@ -577,6 +584,7 @@ def train(cfg):
                 if over or step % cfg.eval_every == 0:
                     row["validation"] = look(run, stage, iteration, progress["looks"])
                 if not over:
+                    run.set_lr(1 - step / stage.steps if cfg.lr_schedule == "linear" else 1.0)
                     row |= run.step(stage, iteration)
                 log.record(row)
                 if over:

@@ -65,7 +65,7 @@ class RefinerConfig:
     loss: Literal["dapo", "grpo", "dr_grpo", "gspo"] = "dapo"
     clip_range: float = bounded("positive", 0.2)
     clip_range_high: float = bounded("positive", 0.28)
-    beta: float = bounded("natural", 0.02)
+    beta: float = bounded("natural", 0.1)
     cues: list[str] = field(default_factory=lambda: list(CUES))
 
 

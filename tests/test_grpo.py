@@ -668,3 +668,17 @@ def test_fewer_bits_ask_for_their_library(refused, few, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     words = [str(tmp_path / "config.yaml"), "refiner.quantize=int8"]
     assert "pip install" in refused(*words)
+
+
+@pytest.mark.parametrize("schedule, shares", [("linear", [1, 0.5]), ("constant", [1, 1])])
+def test_learning_rates_follow_the_schedule_of_a_stage(few, monkeypatch, schedule, shares):
+    lrs = []
+    step = torch.optim.AdamW.step
+
+    def watched(optimizer):
+        lrs.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    grpo.train(few(f"lr_schedule={schedule}", "generator.lr=0.01", "eval_every=9"))
+    assert lrs == [0.01 * share for share in shares]
