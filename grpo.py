@@ -76,7 +76,7 @@ class StageConfig:
     """One of the stages of a run. A group, whose members are compared, has 2 or more of them."""
 
     train: Literal["refiner", "generator", "joint"] = "generator"
-    steps: int = bounded("natural", 12)
+    steps: int = bounded("natural", 16)
     prompts: int = bounded("positive", 9)  # P
     rewrites: int = bounded("natural", 0)  # how many are sampled
     keep_original: bool = True  # one more text: the user's words
@@ -106,7 +106,7 @@ class Config:
     test_photos: str = "nano/photos/test.jsonl"
     autoencode_photos: bool = True
     stages: list[StageConfig] = field(
-        default_factory=lambda: [StageConfig("joint", rewrites=5, images=4)]
+        default_factory=lambda: [StageConfig("joint", rewrites=7, images=3)]
     )
     micro_batch: int = bounded("positive", 36)
     updates: int = bounded("positive", 1)

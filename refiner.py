@@ -61,11 +61,11 @@ class RefinerConfig:
     format_penalty: float = bounded("natural", 0.5)
     lora_rank: int = bounded("positive", 16)
     lora_alpha: int = bounded("positive", 32)
-    lr: float = bounded("positive", 4e-3)
+    lr: float = bounded("positive", 3e-3)
     loss: Literal["dapo", "grpo", "dr_grpo", "gspo"] = "dapo"
     clip_range: float = bounded("positive", 0.2)
     clip_range_high: float = bounded("positive", 0.28)
-    beta: float = bounded("natural", 0.1)
+    beta: float = bounded("natural", 0.04)
     cues: list[str] = field(default_factory=lambda: list(CUES))
 
 
