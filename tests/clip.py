@@ -1,6 +1,6 @@
 """Does a published clip range mean what it meant? bf16's noise and a first update, at FLUX's latent size.
 
-    python tests/clip.py          nano FLUX at 512 px: 16 x 128 x 128 latents; five minutes of one core
+    python tests/clip.py          nano FLUX at 512 px: 16 x 128 x 128 latents; ten minutes of one core
 
 Prints the largest log-ratio of pictures that are replayed in another micro-batch than drew them, which should be
 0, and after one AdamW step on the pictures of one prompt the share of another prompt's that is outside the clip.
