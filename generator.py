@@ -278,8 +278,8 @@ class Generator:
     def __init__(
         self, cfg, device="cpu", dtype=torch.float32, micro_batch=32, offload=False, shard=None
     ):
-        """offload: it waits on the CPU, as text encoders do, outside `at_work`. shard: spreads a module's weights
-        over ranks, where it stays.
+        """offload: it waits on the CPU, as text encoders do, outside `at_work`. shard: spreads a module's
+        weights over ranks, where it stays.
 
         Raises ConfigError for what is no flow pipeline, and for one whose steps cannot be replayed.
         """
@@ -376,7 +376,8 @@ class Generator:
     def state(self):
         """{name: tensor} of all that training changes, by reference"""
         live = {f"lora.{name}": p.detach() for name, p in self.lora.items()}
-        return live | {f"ema.{name}": p for name, p in self.ema.items()} | {"optimizer_steps": self.optimizer_steps}
+        average = {f"ema.{name}": p for name, p in self.ema.items()}
+        return live | average | {"optimizer_steps": self.optimizer_steps}
 
     @torch.no_grad()
     def update_ema(self):
@@ -443,7 +444,8 @@ class Generator:
                 "generator: pictures are not finite: it has diverged; a lower generator.lr may help"
             )
         if not times:
-            return images, Trajectory(encode, num_steps, [join_rows(parts) for parts in zip(*steps)])
+            steps = [join_rows(parts) for parts in zip(*steps)]
+            return images, Trajectory(encode, num_steps, steps)
         x0 = torch.cat(finished)  # (B, ...)
         # a key without its last part, the sample: the pictures of a prompt share their noise
         noised = [

@@ -55,8 +55,8 @@ from common import ConfigError, bounded, check_bounds, loading, rng, torch_seed
 from folder import Log, checkpoints, load_checkpoint, lock, save_checkpoint
 from generator import Generator, GeneratorConfig, draw_times, draw_window
 from learner import Learner, Photographs, UpdateConfig
-from plots import save_before_after, save_curves, save_grid
 from pipeline import reconstruct
+from plots import save_before_after, save_curves, save_grid
 from refiner import Refiner, RefinerConfig, cue_share
 from reward import (
     Clip,
@@ -218,7 +218,7 @@ def advantages(scores, weights, groups):
 
 
 def extremes(advantage, k):
-    """(groups, G) -> bool: the k worst and k best of each group, whose advantages are largest; all where k is 0"""
+    """(groups, G) -> bool: the k worst and k best of each group, whose |A| is largest; all where k is 0"""
     if k == 0:
         return torch.ones_like(advantage, dtype=torch.bool)
     order = advantage.argsort(1)  # (groups, G)
@@ -335,16 +335,7 @@ class Run:
         # against what the user typed, not what was drawn: a rewrite that drifts off the subject loses
         words = [prompt for prompt in ranks.mine(prompts) for _ in range(N * M)]
         scores = self.score(self.rewards, images, words, P)  # {name: (P*N*M,)}
-        reward = self.combine(scores).view(P, N, M)  # for people
-        # (groups, G), what is compared: the pictures of a text, or the texts of a prompt
-        compared = reward.mean(2) if stage.train == "refiner" else reward.flatten(0, 1)
-        spread = compared.std(1, correction=0)  # (groups,)
-        row = {
-            "reward": reward.mean().item(),
-            "reward_std": spread.mean().item(),
-            "zero_std": (spread < 1e-6).float().mean().item(),  # groups that teach nothing
-            "rewards": means(scores),
-        }
+        row = self.reward_figures(scores, stage)
         if stage.train != "refiner":
             # A picture is compared with the pictures of its own text. Among all pictures of the prompt, a
             # good text would give its pictures an advantage that they did nothing for.
@@ -371,6 +362,19 @@ class Run:
                 for name, learner in self.learners.items()
             }  # None for one that was not fooled
         return row
+
+    def reward_figures(self, scores, stage):
+        """{name: (P*N*M,)} -> what people want to know of a step's rewards"""
+        reward = self.combine(scores).view(stage.prompts, stage.texts, -1)  # (P, N, M)
+        # (groups, G), what is compared: the pictures of a text, or the texts of a prompt
+        compared = reward.mean(2) if stage.train == "refiner" else reward.flatten(0, 1)
+        spread = compared.std(1, correction=0)  # (groups,)
+        return {
+            "reward": reward.mean().item(),
+            "reward_std": spread.mean().item(),
+            "zero_std": (spread < 1e-6).float().mean().item(),  # groups that teach nothing
+            "rewards": means(scores),
+        }
 
     def rollout(self, prompts, stage, iteration):
         """This rank's p prompts -> Rewrites or None, images (p*N*M, 3, H, W), Trajectory"""
@@ -559,6 +563,14 @@ class Run:
 # ---------------------------------------------------------------- training
 
 
+def signals():
+    """-> a list that will hold SIGINT and SIGTERM when they come: the turn is finished and saved first"""
+    received = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: received.append(number))
+    return received
+
+
 def train(cfg):
     """All stages, one after another; each starts from the weights that the one before it kept."""
     check_run(cfg)
@@ -571,9 +583,7 @@ def train(cfg):
         if cfg.resume and checkpoints(cfg.out):
             progress = load_checkpoint(cfg, run.restore)
         with closing(Log(run, progress["rows"])) as log:
-            stop = []  # SIGINT and SIGTERM: the turn is finished and saved
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda received, frame: stop.append(received))
+            stop = signals()
             for number, step in turns[progress["turn"] :]:
                 stage = cfg.stages[number]
                 iteration = progress["turn"] - number  # training steps so far, of all stages

@@ -72,8 +72,8 @@ def total(number):
 
 def sum_figures(figures):
     """{name: this rank's part} -> {name: sum over the ranks}"""
-    total = all_sum(torch.tensor([*figures.values()], dtype=torch.float64))
-    return dict(zip(figures, total.tolist()))
+    sums = all_sum(torch.tensor([*figures.values()], dtype=torch.float64))
+    return dict(zip(figures, sums.tolist()))
 
 
 def from_rank_0(figures):

@@ -104,9 +104,8 @@ def cross_validate(features, labels, folds):
         print(
             f"penalty {penalty}: accuracy on held-back prompts {accuracy[penalty]:.3f}, by fold {shares}"
         )
-    return max(
-        accuracy, key=accuracy.get
-    )  # the first of equals, whose scores are the least extreme
+    # the first of equals, whose scores are the least extreme
+    return max(accuracy, key=accuracy.get)
 
 
 def main(argv):
@@ -125,16 +124,14 @@ def main(argv):
     probe = Probe(reward.model, run.device, **reward.args | {"head": None})
     noise = rng("probe", cfg.seed)
     texts = noise.choice(run.prompts, PICTURES).tolist()
-    drawn, _ = run.generator.rollout(
-        texts, [("probe picture", cfg.seed, i) for i in range(PICTURES)]
-    )
+    keys = [("probe picture", cfg.seed, i) for i in range(PICTURES)]
+    with run.generator.at_work():
+        drawn, _ = run.generator.rollout(texts, keys)
     photos = Photographs(cfg.photos, drawn.shape[2:], run.real)
-    images, texts, labels = photos.beside(
-        [*zip(as_bytes(drawn), texts)], noise
-    )  # (2n, 3, H, W), (2n,)
-    features = torch.cat(
-        [probe.features(part).cpu() for part in images.split(cfg.micro_batch)]
-    )  # (2n, D)
+    # (2n, 3, H, W), 2n texts, (2n,)
+    images, texts, labels = photos.beside([*zip(as_bytes(drawn), texts)], noise)
+    parts = [probe.features(part).cpu() for part in images.split(cfg.micro_batch)]
+    features = torch.cat(parts)  # (2n, D)
     folds = torch.tensor([crc32(text.encode()) % FOLDS for text in texts])  # (2n,)
     save_file(fit(features, labels, cross_validate(features, labels, folds)).state_dict(), path)
 

@@ -7,7 +7,7 @@ import os
 import re
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, Qwen2VLImageProcessorPil
 
 from common import ConfigError
+from generator import Generator
 from reward import to_pil
 from rewards import omniaid, probe
 from rewards.omniaid import OmniAid
@@ -306,7 +307,24 @@ def test_a_subject_is_no_help(capsys):
 
 
 def test_a_probe_is_fitted_from_the_command_line(tmp_path, monkeypatch, capsys):
-    """Base pictures and photographs -> a head that loads."""
+    """Base pictures and photographs -> a head that loads. The generator is at work when it draws, or offload would fail."""
+    inside = []
+    draw = Generator.rollout
+    work = Generator.at_work
+
+    @contextmanager
+    def at_work(self):
+        with work(self):
+            inside.append(True)
+            yield
+            inside.clear()
+
+    def rollout(self, prompts, *more, **options):
+        assert inside or len(prompts) == 2  # those two are the check at load
+        return draw(self, prompts, *more, **options)
+
+    monkeypatch.setattr(Generator, "at_work", at_work)
+    monkeypatch.setattr(Generator, "rollout", rollout)
     monkeypatch.setattr(probe, "PICTURES", 20)
     head = str(tmp_path / "new" / "head.safetensors")
     detector = f"{{kind: rewards/probe.py:Probe, model: nano/clip, args: {{head: {head}}}}}"
