@@ -385,7 +385,9 @@ class Run:
         if stage.rewrites:
             keys = [("rewrite", cfg.seed, iteration, p) for p in numbers]
             with self.refiner.at_work():
-                sampled, rewrites = self.refiner.rollout(prompts, stage.rewrites, keys)
+                sampled, rewrites = self.refiner.rollout(
+                    prompts, stage.rewrites, keys, cfg.refiner.temperature
+                )
             texts = []  # p*N: in each group the user's words first, if they are kept
             for i, prompt in enumerate(prompts):
                 texts += [prompt] * stage.keep_original

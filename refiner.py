@@ -1,8 +1,8 @@
 """The language policy: a chat LLM that rewrites a prompt so that its picture looks like a photograph.
 
-Rollout: N rewrites of each of P prompts are sampled at `temperature`; log-probs are taken at the same
-temperature. The answer sits in <answer>...</answer>, after optional thinking; a rewrite without one, or
-with an empty one, is replaced by the user's words and marked.
+Rollout: N rewrites of each of P prompts are sampled, those that train at `temperature`, at which log-probs
+are taken too, those that are used at `use_temperature`. The answer sits in <answer>...</answer>, after
+optional thinking; a rewrite without one, or with an empty one, is replaced by the user's words and marked.
 
 Token losses. Each token of a rewrite has GRPO's clipped loss l_t of its ratio r_t = exp(log_prob -
 old_log_prob) and of its rewrite's advantage. They differ in how tokens are weighed; m is the mask of L
@@ -58,6 +58,7 @@ class RefinerConfig:
     examples: dict[str, str] = field(default_factory=dict)
     max_new_tokens: int = bounded("positive", 64)
     temperature: float = bounded("positive", 1.0)
+    use_temperature: float = bounded("positive", 0.6)
     format_penalty: float = bounded("natural", 0.5)
     lora_rank: int = bounded("positive", 16)
     lora_alpha: int = bounded("positive", 32)
@@ -240,11 +241,12 @@ class Refiner:
     # ------------------------------------------------ sampling
 
     @torch.no_grad()
-    def rollout(self, prompts, num_rewrites, keys):
+    def rollout(self, prompts, num_rewrites, keys, temperature=None):
         """N rewrites of each of P prompts -> P*N texts, prompt-major, and Rewrites
 
         keys: P tuples for `rng`, to which the rewrite's number is added; sampling depends on nothing
-        else, so that a prompt keeps its rewrites in whatever batch it comes.
+        else, so that a prompt keeps its rewrites in whatever batch it comes. temperature: None for
+        use_temperature; what trains is sampled at `temperature`.
         """
         chats = chat(self.tokenizer, prompts, self.cfg.system_prompt, self.cfg.examples)
         options = dict(
@@ -257,7 +259,8 @@ class Refiner:
         ids = heads["input_ids"].repeat_interleave(num_rewrites, 0)  # (B, K)
         attention = heads["attention_mask"].repeat_interleave(num_rewrites, 0)  # (B, K)
         rngs = [rng(*key, n) for key in keys for n in range(num_rewrites)]
-        completion = self.generate(ids, attention, rngs)  # (B, L)
+        temperature = temperature or self.cfg.use_temperature
+        completion = self.generate(ids, attention, rngs, temperature)  # (B, L)
         eos = torch.tensor(self.model.generation_config.eos_token_id, device=self.device).flatten()
         is_end = torch.isin(completion, eos).long()
         mask = (is_end.cumsum(1) - is_end == 0).long()  # (B, L), the first end token counts
@@ -275,7 +278,7 @@ class Refiner:
         )
         return texts, record
 
-    def generate(self, ids, attention, rngs):
+    def generate(self, ids, attention, rngs, temperature):
         """Chats (B, K) -> completions (B, L), one micro-batch at a time, padded behind their end tokens"""
         parts = []
         for first in range(0, len(ids), self.micro_batch):
@@ -284,7 +287,7 @@ class Refiner:
                 input_ids=ids[rows],
                 attention_mask=attention[rows],
                 do_sample=False,  # sample_by_row has drawn
-                logits_processor=[sample_by_row(rngs[rows], self.cfg.temperature)],
+                logits_processor=[sample_by_row(rngs[rows], temperature)],
                 repetition_penalty=1.0,  # some models bring another, which log_probs would not know
                 max_new_tokens=self.cfg.max_new_tokens,
                 pad_token_id=self.tokenizer.pad_token_id,

@@ -350,8 +350,11 @@ def test_batches_are_prompt_major(few, spy, stage):
     run = grpo.Run(cfg)
     stage = cfg.stages[0]
     drawn = spy(run.generator, "rollout")
+    written = spy(run.refiner, "rollout")
     scored = spy(run, "score")
     run.step(stage, 0)
+    # at the temperature of their log-probs
+    assert [call[3] for call in written] == [1.0] * (stage.rewrites > 0)
     texts, keys = drawn[0]
     words = scored[0][2]
     N, M = stage.texts, stage.images

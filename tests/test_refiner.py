@@ -123,6 +123,14 @@ def test_a_rewrite_depends_on_its_key_alone(refiner, record, monkeypatch):
     assert len(set(texts + other)) > 8
 
 
+def test_what_is_used_is_sampled_at_its_own_temperature(record):
+    """Near 0 all rewrites are the likeliest; what trains asks for the temperature of its log-probs."""
+    llm = make(use_temperature=1e-3)
+    texts, _ = llm.rollout(PROMPTS, 4, KEYS)
+    assert len(set(texts[:4])) == len(set(texts[4:])) == 1
+    assert llm.rollout(PROMPTS, 4, KEYS, 0.6)[0] == record.texts
+
+
 def test_the_models_own_repetition_penalty_is_not_applied(
     refiner, record, monkeypatch
 ):
