@@ -244,11 +244,21 @@ def rewrites(run, cfg, prompts, folder):
     return json.loads(path.read_text())
 
 
-def draw(run, cfg, weights, prompts, texts, folder):
+def fill(name, pictures, micro_batch, make):
+    """make(rows) -> images (b,3,H,W) of those [Picture] that are not on disk: a killed bench goes on where it was"""
+    todo = [i for i, picture in enumerate(pictures) if not picture.file.exists()]
+    for start in tqdm(range(0, len(todo), micro_batch), desc=name):
+        rows = todo[start : start + micro_batch]
+        for i, image in zip(rows, R.to_pil(make(rows))):
+            write(pictures[i].file, in_codec(image))
+    return pictures
+
+
+def draw(run, cfg, name, weights, prompts, texts, folder):
     """texts P*M, prompt-major -> [Picture] of one contestant
 
-    Picture m of prompt p starts from the same noise in every contestant, whatever the run's seed. Only what is
-    not on disk is drawn, so a killed bench goes on where it was. weights: the LoRA's hash, "" for none.
+    Picture m of prompt p starts from the same noise in every contestant, whatever the run's seed. weights: the
+    LoRA's hash, "" for none.
     """
     made_by = weights, asdict(cfg.generator), cfg.dtype
     keys = []
@@ -258,15 +268,15 @@ def draw(run, cfg, weights, prompts, texts, folder):
         keys.append(("bench", p, m))
         file = folder / f"{key(made_by, text, keys[i])}.jpg"
         pictures.append(Picture(p, file, prompts[p]))
-    todo = [i for i, picture in enumerate(pictures) if not picture.file.exists()]
+
+    def make(rows):  # (b,3,H,W)
+        images, _ = run.generator.rollout(
+            [texts[i] for i in rows], [keys[i] for i in rows]
+        )
+        return images
+
     with run.generator.at_work():
-        for start in tqdm(range(0, len(todo), cfg.micro_batch), desc="draw"):
-            rows = todo[start : start + cfg.micro_batch]
-            # images (b,3,H,W)
-            images, _ = run.generator.rollout([texts[i] for i in rows], [keys[i] for i in rows])
-            for i, drawn in zip(rows, R.to_pil(images)):
-                write(pictures[i].file, in_codec(drawn))
-    return pictures
+        return fill(name, pictures, cfg.micro_batch, make)
 
 
 def listing(name, path, prompts):
@@ -298,19 +308,18 @@ def adopt(run, cfg, name, pictures, folder):
     With autoencode_photos photographs also pass through the generator's autoencoder, whose blur would tell.
     """
     shape = cfg.generator.height, cfg.generator.width
-    through = (
-        cfg.generator.model if name == "photographs" and cfg.autoencode_photos else ""
-    )
+    encode = name == "photographs" and cfg.autoencode_photos
+    made_by = shape, cfg.generator.model if encode else ""
     adopted = []
-    for picture in tqdm(pictures, desc=f"read {name}"):
-        image = R.read_image(picture.file, shape)[None]  # (1,3,H,W)
-        file = (
-            folder / f"{key(content(picture.file), picture.text, shape, through)}.jpg"
-        )
-        if not file.exists():
-            write(file, in_codec(R.to_pil(run.real(image) if through else image)[0]))
+    for picture in pictures:
+        file = folder / f"{key(made_by, content(picture.file), picture.text)}.jpg"
         adopted.append(picture._replace(file=file))
-    return adopted
+
+    def make(rows):  # (b,3,H,W)
+        images = torch.stack([R.read_image(pictures[i].file, shape) for i in rows])
+        return run.real(images) if encode else images
+
+    return fill(name, adopted, cfg.micro_batch, make)
 
 
 def gather(run, cfg, prompts, elsewhere, folder):
@@ -327,7 +336,7 @@ def gather(run, cfg, prompts, elsewhere, folder):
             run.generator.load(Path(cfg.out) / name)
             weights = content(Path(cfg.out) / name / LORA[name])
         if texts:
-            contestants[name] = draw(run, cfg, weights, prompts, texts, folder)
+            contestants[name] = draw(run, cfg, name, weights, prompts, texts, folder)
     for name, pictures in elsewhere.items():
         contestants[name] = adopt(run, cfg, name, pictures, folder)
     return contestants
@@ -368,9 +377,8 @@ def measure(run, cfg, rewards, pictures):
     for metric, reward in rewards.items():
 
         def rows(images, texts):
-            return R.score({metric: reward}, images, texts, cfg.micro_batch)[
-                metric
-            ].tolist()  # b
+            scores = R.score({metric: reward}, images, texts, cfg.micro_batch)
+            return scores[metric].tolist()  # b
 
         with R.visiting(reward, run.device if cfg.offload else None):
             for name, value in over(run, cfg, pictures, rows).items():
@@ -761,24 +769,22 @@ def compare_people(votes, results):
 # ---------------------------------------------------------------- selftest
 
 
+def as_picture(pixels):
+    """Any numbers (H,W,3) -> PIL picture"""
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+
+
 def add_noise(picture, std):
     pixels = np.asarray(picture)  # (H,W,3)
     # another noise for each picture: one for all may look more or less like a photograph's
     noise = rng("bench noise", int(pixels.sum())).standard_normal(pixels.shape)
-    return Image.fromarray(
-        (pixels + 255 * std * noise).round().clip(0, 255).astype(np.uint8)
-    )
+    return as_picture(pixels + 255 * std * noise)
 
 
 def weave(picture, strength):
     """A grid at the period of a decoder's patches, 8 pixels"""
-    pixels = np.asarray(picture).astype(float)  # (H,W,3)
-    wave = np.cos(np.pi * np.arange(pixels.shape[0]) / 4)[:, None] + np.cos(
-        np.pi * np.arange(pixels.shape[1]) / 4
-    )
-    return Image.fromarray(
-        (pixels + 255 * strength * wave[..., None]).clip(0, 255).astype(np.uint8)
-    )
+    y, x = np.cos(np.pi * np.indices(picture.size[::-1]) / 4)  # (H,W) each
+    return as_picture(np.asarray(picture) + 255 * strength * (y + x)[..., None])
 
 
 def repeat(picture, share):
@@ -795,10 +801,7 @@ def repeat(picture, share):
 
 def cast(picture, strength):
     """Red up, blue down"""
-    gains = np.array([1 + strength, 1, 1 - strength])
-    return Image.fromarray(
-        (np.asarray(picture) * gains).round().clip(0, 255).astype(np.uint8)
-    )
+    return as_picture(np.asarray(picture) * [1 + strength, 1, 1 - strength])
 
 
 # PIL picture, strength -> PIL picture; weak, middle, strong. The median of `smooth` melts texture and leaves
