@@ -80,10 +80,10 @@ class GeneratorConfig:
     lora_rank: int = bounded("positive", 16)
     lora_alpha: int = bounded("positive", 32)
     lora_targets: list[str] = field(default_factory=lambda: ATTENTION + MLP)
-    lr: float = bounded("positive", 1.5e-3)
+    lr: float = bounded("positive", 2e-3)
     ratio: Literal["guard", "ppo"] = "guard"
     clip_range: float = bounded("positive", 1e-3)
-    beta: float = bounded("natural", 0.08)
+    beta: float = bounded("natural", 0.05)
     ema: float = bounded("decay", 0.9)
     ema_every: int = bounded("positive", 1)
     gradient_checkpointing: bool = False
