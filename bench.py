@@ -103,7 +103,7 @@ class JudgeConfig:
 class BenchConfig:
     """What is drawn, compared and shown; config.yaml gives units and reasons."""
 
-    images: int = bounded("positive", 8)
+    images: int = bounded("positive", 6)
     contestants: dict[str, str] = field(default_factory=dict)
     categories: str = ""
     axes: dict[str, list[str]] = field(

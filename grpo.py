@@ -270,17 +270,17 @@ class Run:
         if cfg.refiner:
             self.refiner = Refiner(cfg.refiner, *place, cfg.offload, self.generator)
             self.policies["refiner"] = self.refiner
-        shape = (cfg.generator.height, cfg.generator.width)
-        photos, _ = read_photos(cfg.validation_photos, shape)  # (n, 3, H, W)
-        self.photo_features = self.features(self.real(photos))  # (n, D)
         self.optimizers = {}
         self.learners = {}
         if train:
-            self.prepare_training(shape)
+            self.prepare_training()
 
-    def prepare_training(self, shape):
-        """A LoRA and AdamW for each policy, and the detectors that learn"""
+    def prepare_training(self):
+        """What looks compare with, a LoRA and AdamW for each policy, and the detectors that learn"""
         cfg = self.cfg
+        shape = (cfg.generator.height, cfg.generator.width)
+        photos, _ = read_photos(cfg.validation_photos, shape)  # (n, 3, H, W)
+        self.photo_features = self.features(self.real(photos))  # (n, D)
         for name, policy in self.policies.items():
             policy.add_lora(cfg.seed)
             self.optimizers[name] = torch.optim.AdamW(
