@@ -304,7 +304,7 @@ class Run:
         """What KID compares: images (B,3,H,W) -> (B, D) on the CPU"""
         layer = self.cfg.rewards.kid_layer
         chunks = images.split(self.cfg.micro_batch)
-        return torch.cat([self.kid_model.features(chunk, layer).cpu() for chunk in chunks])
+        return torch.cat([self.kid_model.features(c.float(), layer).cpu() for c in chunks])
 
     def score(self, rewards, images, prompts, P=None):
         """{name: (P*k,)} of this rank's pictures and those of the others, which show P prompts together
@@ -356,7 +356,7 @@ class Run:
             # Last, so that they judge the next step. In this one, pictures that a detector has just learnt
             # would stand below those of their group that it has not.
             words = [prompt for prompt in prompts for _ in range(N * M)]
-            images = ranks.gather(images, P)  # (P*N*M, 3, H, W)
+            images = ranks.gather(as_bytes(images), P)  # (P*N*M, 3, H, W) uint8
             row["detectors"] = {
                 name: learner.step(images, words, scores[name].mean().item(), iteration)
                 for name, learner in self.learners.items()
@@ -503,7 +503,7 @@ class Run:
     def evaluate(self, stage):
         """A look at the validation prompts: Euler steps, EMA weights, the same noise each time
 
-        -> figures, images (P*M, 3, H, W). score = mean of the validation detectors - KID; reward = that of
+        -> figures, images (P*M, 3, H, W) uint8. score = mean of the validation detectors - KID; reward = that of
         training, by weight.
         """
         seed = self.cfg.seed
@@ -532,7 +532,7 @@ class Run:
         look["reward"] = self.combine(trained)
         look |= {f"train_{name}": mean for name, mean in trained.items()}
         # one judgement, so that all keep the same weights
-        return ranks.from_rank_0(look), ranks.gather(images, P)
+        return ranks.from_rank_0(look), ranks.gather(as_bytes(images), P)
 
     # ------------------------------------------------ state
 
@@ -621,7 +621,7 @@ def look(run, stage, iteration, looks):
         "step": iteration,
         "worth": iteration if cfg.keep == "last" else figures[cfg.keep],
         "figures": figures,
-        "images": as_bytes(images[:: cfg.eval_images]),  # (P, 3, H, W), one a prompt
+        "images": images[:: cfg.eval_images],  # (P, 3, H, W), one a prompt
     }
     first = looks.setdefault("first", this)["figures"]
     falls = {name: first[f"train_{name}"] - figures[f"train_{name}"] for name in run.weights}

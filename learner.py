@@ -148,13 +148,13 @@ class Learner:
         self.replay = []  # [(ticket, picture)] by ticket
 
     def step(self, images, prompts, mean, iteration):
-        """Pictures (B,3,H,W) of a training step, B > 1, and their mean reward -> metrics of an update or None
+        """Pictures (B,3,H,W) uint8 of a training step, B > 1, and their mean reward -> metrics of an update or None
 
         What is learnt judges the next step, not this one: in a group, pictures that a detector just trained
         on would stand below those that were held back.
         """
         noise = rng("learner " + self.name, self.seed, iteration)
-        fresh = list(zip(as_bytes(images), prompts))
+        fresh = list(zip(images, prompts))
         noise.shuffle(fresh)
         held = fresh[::4]
         del fresh[::4]

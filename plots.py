@@ -18,7 +18,7 @@ HIDDEN = ("train_", "loss", "grad_norm")
 
 
 def save_grid(images, path, columns):
-    """images (B,3,H,W), bytes or floats in [0,1] -> PNG, row by row; an incomplete last row is left out"""
+    """images (B,3,H,W) uint8 -> PNG, row by row; an incomplete last row is left out"""
     columns = min(columns, len(images))
     images = images[: len(images) // columns * columns]
     order = "(row column) c h w -> (row h) (column w) c"

@@ -352,7 +352,8 @@ def score_batch(name, reward, images, prompts):
     """One reward of a batch -> (B,) f32 on the CPU. An exception gets the reward's name in front."""
     try:
         # a copy: a reward may write into its input
-        value = torch.as_tensor(reward(images.clone(), list(prompts))).float()
+        seen = images.to(torch.float32, copy=True)  # (B,3,H,W)
+        value = torch.as_tensor(reward(seen, list(prompts))).float()
     # sys.exit in a reward must not end the run as if all were well
     except (Exception, SystemExit) as error:
         raise RuntimeError(f"reward {name!r} failed: {type(error).__name__}: {error}") from error

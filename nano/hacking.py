@@ -128,7 +128,7 @@ def measure(cfg, lessons):
             result["scores"].setdefault(name, []).append(values.tolist())
         result["features"].append(run.features(images).unflatten(0, (-1, M)))
         if look in (looks[0], looks[-1]):
-            save_grid(images[::M], out / ("start.png" if look == looks[0] else "end.png"), 8)
+            save_grid(R.as_bytes(images[::M]), out / ("start.png" if look == looks[0] else "end.png"), 8)
     save_file({"pictures": torch.stack(result.pop("features")), "photographs": run.features(photos)}, out / "looks.safetensors")
     (out / "looks.json").write_text(json.dumps(result))
 

@@ -6,7 +6,7 @@ import torch
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
 import learner as L
-from reward import Classifier, to_pil
+from reward import Classifier, as_bytes, to_pil
 
 QUICK = dict(
     threshold=0.5,
@@ -58,7 +58,7 @@ def make(tmp_path, photos):
 
 
 def step(one, images, iteration=0, mean=1.0):
-    return one.step(images, PROMPTS, mean, iteration)
+    return one.step(as_bytes(images), PROMPTS, mean, iteration)
 
 
 def same(one, two):
@@ -143,7 +143,7 @@ def test_what_is_held_back_never_trains(make, monkeypatch):
     remembered = {prompt for _, (_, prompt) in one.replay}
     assert len(remembered) == 18
     assert set(trained) - remembered == set("0123456")
-    one.step(BRIGHT, ["new"] * 24, 1.0, 1)
+    one.step(as_bytes(BRIGHT), ["new"] * 24, 1.0, 1)
     assert trained.count("new") == 12
 
 
@@ -151,7 +151,7 @@ def test_the_replay_is_a_uniform_reservoir(make):
     """Each picture that was not held back is as likely to be in it, whenever it came."""
     one = make(replay=300)
     for i in range(100):
-        one.step(DARK, [i] * 24, 0.0, i)
+        one.step(as_bytes(DARK), [i] * 24, 0.0, i)
     when = [i for _, (_, i) in one.replay]
     counts, _ = np.histogram(when, 10, (0, 100))
     assert sum((counts - 30) ** 2 / 30) < 28  # chi squared of 9 degrees of freedom, p 0.001
