@@ -18,7 +18,7 @@ import conftest
 import diffusers
 import torch
 import transformers
-from conftest import ROOT, SCHEDULER, clip_text, t5, vae
+from conftest import ROOT, SCHEDULER, clip_text, perturb, t5, vae
 
 import generator
 from common import ConfigError
@@ -103,15 +103,61 @@ def flux():
 
 
 def sd3():
-    return conftest.sd3(), dict(guidance_scale=4.5, max_sequence_length=32, negative_prompt="blurry")
+    clip, clip_tokenizer = clip_text(True)
+    clip2, clip_tokenizer2 = clip_text(True)
+    encoder, tokenizer = t5()
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=32,
+        out_channels=4,
+        pos_embed_max_size=16,
+    )
+    pipe = diffusers.StableDiffusion3Pipeline(
+        transformer, SCHEDULER, vae(), clip, clip_tokenizer, clip2, clip_tokenizer2, encoder, tokenizer
+    )
+    return pipe, dict(guidance_scale=4.5, max_sequence_length=32, negative_prompt="blurry")
 
 
 def zimage():
-    return conftest.zimage(), dict(guidance_scale=4.0, max_sequence_length=96, negative_prompt="blurry")
+    tokenizer = tokens()
+    transformer = diffusers.ZImageTransformer2DModel(
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=[4, 6, 6],
+        axes_lens=[256, 32, 32],
+    )
+    pipe = diffusers.ZImagePipeline(SCHEDULER, vae(), llm("Qwen3Model", tokenizer), tokenizer, transformer)
+    return pipe, dict(guidance_scale=4.0, max_sequence_length=96, negative_prompt="blurry")
 
 
 def qwen():
-    return conftest.qwen(), dict(true_cfg_scale=4.0, negative_prompt="blurry", max_sequence_length=96)
+    tokenizer = tokens()
+    transformer = diffusers.QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    )
+    pipe = diffusers.QwenImagePipeline(SCHEDULER, qwen_vae(), conftest.qwen_vl(tokenizer), tokenizer, transformer)
+    return pipe, dict(true_cfg_scale=4.0, negative_prompt="blurry", max_sequence_length=96)
 
 
 def mistral3(tokenizer):
@@ -632,14 +678,6 @@ def starting_from(latents, micro_batch):
         yield
     finally:
         generator.normal = normal
-
-
-def perturb(gen):
-    g = torch.Generator().manual_seed(3)
-    for key, p in gen.lora.items():
-        if "lora_B" in key:
-            p.data = 0.05 * torch.randn(p.shape, generator=g)
-            gen.ema[key].copy_(p.data)
 
 
 def replay_error(gen):
