@@ -12,14 +12,12 @@ sys.path.insert(0, str(ROOT))
 import pytest
 import torch
 import yaml
-from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 import kernels  # noqa: F401
 
 del os.environ["TRITON_INTERPRET"]  # the others take the plain path
 torch.set_num_threads(1)  # the models are tiny: a second thread would mostly wait
-SCHEDULER = FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 
 @pytest.fixture(autouse=True)
@@ -27,75 +25,6 @@ def in_repository(monkeypatch):
     """The default config names nano/... relative to the repository."""
     monkeypatch.chdir(ROOT)
     torch.manual_seed(0)
-
-
-def clip_text(projection=False):
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "nano/clip")
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        projection_dim=16,
-        max_position_embeddings=48,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config), tokenizer
-
-
-def t5():
-    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
-
-    tokenizer = T5TokenizerFast.from_pretrained(ROOT / "nano/flux/tokenizer_2")
-    config = T5Config(
-        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2
-    )
-    return T5EncoderModel(config), tokenizer
-
-
-def vae(latent_channels=4):
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=latent_channels,
-        norm_num_groups=4,
-        sample_size=16,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=1.0,
-        shift_factor=0.0,
-    )
-
-
-def flux():
-    from diffusers import FluxPipeline, FluxTransformer2DModel
-
-    clip, clip_tokenizer = clip_text()
-    encoder, tokenizer = t5()
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=16,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 6, 6),
-    )
-    return FluxPipeline(
-        SCHEDULER, vae(), clip, clip_tokenizer, encoder, tokenizer, transformer
-    )
 
 
 def qwen_vl(tokenizer, **options):
@@ -116,6 +45,7 @@ def qwen_vl(tokenizer, **options):
 
 
 TINY = dict(
+    model="nano/flux",
     call=dict(guidance_scale=3.5, max_sequence_length=16),
     height=16,
     width=16,
@@ -130,19 +60,6 @@ TINY = dict(
 )
 
 
-@pytest.fixture(scope="session")
-def tiny_flux(tmp_path_factory):
-    """Folder of a tiny FLUX"""
-    torch.manual_seed(1)
-    pipe = flux()
-    for p in pipe.transformer.parameters():
-        if p.abs().sum() == 0:  # zero-initialised layers would make every velocity the same
-            torch.nn.init.normal_(p, std=0.02)
-    folder = tmp_path_factory.mktemp("tiny") / "flux"
-    pipe.save_pretrained(folder)
-    return str(folder)
-
-
 def perturb(gen, std=0.05):
     """Give the LoRA, and its average, something to add"""
     g = torch.Generator().manual_seed(3)
@@ -153,18 +70,26 @@ def perturb(gen, std=0.05):
 
 
 @pytest.fixture
-def tiny_generator(tiny_flux):
+def tiny_generator():
     """changes -> a Generator on the tiny FLUX with a LoRA that is not zero"""
     from generator import Generator, GeneratorConfig
 
     def make(micro_batch=4, offload=False, dtype=torch.float32, **changes):
-        cfg = GeneratorConfig(**(dict(model=tiny_flux) | TINY | changes))
+        cfg = GeneratorConfig(**(TINY | changes))
         gen = Generator(cfg, dtype=dtype, micro_batch=micro_batch, offload=offload)
         gen.add_lora()
         perturb(gen)
         return gen
 
     return make
+
+
+def list_photos(file, split, count):
+    """The first photographs of nano/photos as a list of their own -> its file"""
+    lines = (ROOT / f"nano/photos/{split}.jsonl").read_text().splitlines()[:count]
+    text = "\n".join(lines)
+    file.write_text(text.replace('"image": "', f'"image": "{ROOT}/nano/photos/'))
+    return file
 
 
 def damage(file, kind):
@@ -188,14 +113,11 @@ def bright(images, prompts):
 
 def smooth(images, prompts):
     return -images.diff(dim=3).abs().mean((1, 2, 3))
-
-def broken(images, prompts):
-    return images.mean((1, 2, 3)) / 0
 """
 
 
 @pytest.fixture
-def config(tiny_flux, tmp_path):
+def config(tmp_path):
     """words -> Config of a run on the tiny FLUX and the nano refiner, with rewards that need no model; <tmp>/config.yaml
 
     stage: the only one, as a YAML mapping without braces.
@@ -206,6 +128,7 @@ def config(tiny_flux, tmp_path):
     mine.write_text(REWARDS)
     prompts = tmp_path / "few.txt"
     prompts.write_text("a cat\na dog\n\na red cup\na tree\n")
+    photos = str(list_photos(tmp_path / "photos.jsonl", "test", 12))
     rewards = {name: {"kind": f"{mine}:{name}"} for name in ("bright", "smooth")}
     base = dict(
         out=str(tmp_path / "out"),
@@ -214,7 +137,9 @@ def config(tiny_flux, tmp_path):
         eval_images=1,
         validation_prompts=str(prompts),
         test_prompts=str(prompts),
-        generator=dict(model=tiny_flux) | TINY,
+        validation_photos=photos,
+        test_photos=photos,
+        generator=TINY,
         refiner=dict(max_new_tokens=24),
         rewards=dict(train=rewards, validation={"bright": rewards["bright"]}, heldout={"smooth2": rewards["smooth"]}),
         bench=dict(images=2, axes=dict(realism=["smooth2"], detail=[])),

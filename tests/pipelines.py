@@ -18,7 +18,7 @@ import conftest
 import diffusers
 import torch
 import transformers
-from conftest import ROOT, SCHEDULER, clip_text, perturb, t5, vae
+from conftest import ROOT, perturb
 
 import generator
 from common import ConfigError
@@ -28,6 +28,7 @@ PROMPTS = ["a cat", "a cat", "a dog", "a tabby cat, wide view, in soft light"]
 KEYS = [("test", row) for row in range(4)]
 ROWS = [0, 1, 2, 3]
 STEPS = 4
+SCHEDULER = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
 TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
 
 
@@ -43,6 +44,47 @@ def llm(name, tokenizer, **options):
     kind = getattr(transformers, name)
     config = kind.config_class(vocab_size=len(tokenizer), max_position_embeddings=1024, pad_token_id=0, bos_token_id=0, eos_token_id=0, **TEXT | options)
     return kind(config)
+
+
+def clip_text(projection=False):
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(ROOT / "nano/clip")
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=16,
+        max_position_embeddings=48,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return (transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(config), tokenizer
+
+
+def t5():
+    tokenizer = transformers.T5TokenizerFast.from_pretrained(ROOT / "nano/flux/tokenizer_2")
+    config = transformers.T5Config(
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+    )
+    return transformers.T5EncoderModel(config), tokenizer
+
+
+def vae(latent_channels=4):
+    return diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=4,
+        sample_size=16,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
 
 
 def flux2_vae():
@@ -99,7 +141,22 @@ DYNAMIC = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
 
 
 def flux():
-    return conftest.flux(), dict(guidance_scale=3.5, max_sequence_length=32, true_cfg_scale=2.0, negative_prompt="blurry")
+    clip, clip_tokenizer = clip_text()
+    encoder, tokenizer = t5()
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+    pipe = diffusers.FluxPipeline(SCHEDULER, vae(), clip, clip_tokenizer, encoder, tokenizer, transformer)
+    return pipe, dict(guidance_scale=3.5, max_sequence_length=32, true_cfg_scale=2.0, negative_prompt="blurry")
 
 
 def sd3():
@@ -727,7 +784,7 @@ def short(error):
     return "exact" if error == 0 else f"{error:.0e}"
 
 
-def close(error, bound=1e-4):
+def close(error, bound=1e-5):
     return "same" if error < bound else f"differs by {error:.0e}"
 
 

@@ -11,13 +11,12 @@ import generator
 import pipelines
 import pytest
 import torch
-from conftest import damage, perturb, vae
+from conftest import damage, perturb
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
 )
-from torch.distributions import Normal
 from torch.testing import assert_close
 
 from common import ConfigError, rng
@@ -78,6 +77,13 @@ def test_flow_is_euler_maruyama_of_the_sde(t, s):
     c_x, c_v, std = sde_coefficients("flow", t, s, 0.9, 0.96)
     assert_close(c_x * x + c_v * v, x - h * (v - g2 / 2 * score))
     assert std == pytest.approx(math.sqrt(g2 * h))
+
+
+@pytest.mark.parametrize("sde", ["ode", "flow", "cps"])
+@STEPS
+def test_without_noise_a_step_is_eulers(sde, t, s):
+    """Noise level 0 gives x - h v."""
+    assert sde_coefficients(sde, t, s, 0.0, 0.9) == pytest.approx((1, s - t, 0))
 
 
 def test_the_window_is_early_and_never_last():
@@ -198,25 +204,16 @@ def test_texts_are_encoded_once_and_a_micro_batch_at_a_time(tiny_generator, monk
 # ---------------------------------------------------------------- what GRPO asks
 
 
-def test_the_plain_ratio_is_that_of_the_normal_distribution(tiny_generator):
-    """Per latent dimension, what torch.distributions says"""
-    gen = tiny_generator(ratio="ppo")
-    _, record = gen.rollout(PROMPTS, KEYS, WINDOW)
-    nudge(gen)
-    for step, (log_ratio, *_) in zip(record.steps, gen.terms(record, ROWS), strict=True):
-        c_x, c_v, std = step.coefficients
-        v = gen.replay(record, step.index, step.x, ROWS)
-        new, old = [Normal(c_x * step.x + c_v * u, std) for u in (v, step.v)]
-        want = new.log_prob(step.x_next) - old.log_prob(step.x_next)
-        assert_close(log_ratio[:, 0], want.flatten(1).mean(1), rtol=1e-3, atol=1e-6)
-
-
 ADVANTAGE = torch.tensor([[1.0], [-2.0], [0.5], [0.7]])
 
 
 def published_loss(gen, record):
-    """The loss of RealGen's released trainer, step by step, transcribed from its formulas and not from ours"""
+    """RealGen's released trainer, step by step, transcribed from its formulas and not from ours
+
+    -> its loss, and the plain log-ratio of each step
+    """
     total = 0
+    plain = []
     for step in record.steps:
         t, s = gen.grid[step.index], gen.grid[step.index + 1]
         h = t - s
@@ -237,16 +234,17 @@ def published_loss(gen, record):
             ref_v = gen.replay(record, step.index, step.x, ROWS)
         mean, old = mean_of(v), mean_of(step.v)
         bias = ((mean - old) ** 2 / (2 * std**2)).flatten(1).mean(1)
-        r = ((log_prob(mean) - log_prob(old) + bias) * std).exp()
+        plain.append(log_prob(mean) - log_prob(old))
+        r = ((plain[-1] + bias) * std).exp()
         A = ADVANTAGE[:, 0]
         clip = gen.cfg.clip_range
         policy = torch.max(-A * r, -A * r.clamp(1 - clip, 1 + clip)).mean() / h
         total += policy + gen.cfg.beta * ((v - ref_v) ** 2).mean()
-    return total / len(record.steps)
+    return total / len(record.steps), torch.cat(plain)
 
 
 def test_the_gradient_is_that_of_the_published_loss(tiny_generator):
-    """Sign, scale, KL and clip, with samples inside and outside of the clip range"""
+    """Sign, scale, KL and clip, with samples inside and outside of the clip range; and ratio=ppo"""
     gen = tiny_generator(sde="flow", noise_level=0.9, beta=1.0)
     perturb(gen, 0.3)
     _, record = gen.rollout(PROMPTS, KEYS, WINDOW)
@@ -261,12 +259,15 @@ def test_the_gradient_is_that_of_the_published_loss(tiny_generator):
         clipped.append(acted)
     total /= gen.count(record, ROWS)
     assert 0 < torch.cat(clipped).float().mean() < 1
-    published = published_loss(gen, record)
+    published, plain = published_loss(gen, record)
     assert_close(total, published, rtol=1e-3, atol=1e-4)
     got = torch.autograd.grad(total, gen.parameters())
     want = torch.autograd.grad(published, gen.parameters())
     size = max(g.abs().max() for g in want)
     assert_close(got, want, rtol=1e-2, atol=1e-3 * size.item())
+    gen.cfg.ratio = "ppo"
+    ratios = torch.cat([r for r, *_ in gen.terms(record, ROWS)])
+    assert_close(ratios[:, 0], plain, rtol=1e-3, atol=1e-6)
 
 
 # ---------------------------------------------------------------- elbo
@@ -401,7 +402,7 @@ FAMILIES = [
 def test_photographs_pass_through_any_autoencoder():
     """One that takes pictures, one that takes films"""
     photos = torch.rand(3, 3, 16, 16)
-    for model in (vae(), pipelines.qwen_vae()):
+    for model in (pipelines.vae(), pipelines.qwen_vae()):
         assert reconstruct(model, photos, "cpu", 2).shape == photos.shape
 
 
@@ -449,9 +450,9 @@ SAMPLERS = [
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_another_sampler_is_refused(tiny_flux, tmp_path, sampler):
+def test_another_sampler_is_refused(tmp_path, sampler):
     """One that is no flow, and one that adds noise by itself."""
-    pipe = DiffusionPipeline.from_pretrained(tiny_flux, scheduler=sampler)
+    pipe = DiffusionPipeline.from_pretrained("nano/flux", scheduler=sampler)
     pipe.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="DDIM|stochastic_sampling"):
         Generator(GeneratorConfig(model=str(tmp_path)))
@@ -466,10 +467,10 @@ PARTS += ["tokenizer_2/tokenizer.json", "tokenizer_2"]
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_pipeline_that_is_not_whole_is_refused(
-    tiny_flux, tmp_path, part
+    tmp_path, part
 ):
     """Libraries fill in random weights and empty vocabularies."""
-    folder = shutil.copytree(tiny_flux, tmp_path / "flux")
+    folder = shutil.copytree("nano/flux", tmp_path / "flux")
     if part.endswith("safetensors"):
         damage(folder / part, "missing")
     else:
