@@ -379,10 +379,10 @@ def test_a_whole_bench_and_what_the_second_one_reuses(finished, tmp_path):
     assert result["arena"]["realism"]["base"]["more"]["win"] == 8  # noise is not smooth
     assert result["human"]["agreement"]["mean"] == 0
     assert result["categories"]["animals"]["more"]["smooth2"]["mean"] < 0
-    # calm pictures are real to it: noise is found, blur and retouching are not
+    # calm pictures are real to it: noise and grids are found, blur and retouching are not
     for measure in ("smooth2", "arena realism"):
         found = {name: rows[measure]["ordered"] for name, rows in result["selftest"].items()}
-        assert found["noise"] and found["saturate"] and not found["blur"] and not found["smooth"]
+        assert found["noise"] and found["weave"] and not found["blur"] and not found["smooth"]
     page = (out / "bench.html").read_text()
     data = re.search(
         r'<script type="application/json" id="data">(.*?)</script>', page, re.S
