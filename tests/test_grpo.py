@@ -473,8 +473,7 @@ def test_a_reward_of_ones_own_rises_and_its_weights_are_kept(config, way):
     grpo.train(cfg)
     rows = [json.loads(line) for line in open(f"{cfg.out}/metrics.jsonl")]
     looks = [row["validation"]["reward"] for row in rows if "validation" in row]
-    assert looks == sorted(looks)
-    assert looks[-1] - looks[0] > 0.05 * rows[0]["reward_std"]
+    assert min(looks[1:]) - looks[0] > 0.05 * rows[0]["reward_std"]
     run = grpo.Run(cfg, train=False)
     run.generator.load(f"{cfg.out}/generator")
     assert all(
