@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from test_grpo import ROOT, few  # noqa: F401  a fixture
 from torch.utils._pytree import tree_leaves
 
 import grpo
@@ -19,7 +19,6 @@ import ranks
 from common import ConfigError
 from folder import flat
 
-torch.set_num_threads(1)
 REWARDS = """
 def side(images, prompts):  # around 0, so that rounding stays small
     return (images[..., :8] - images[..., 8:]).mean((1, 2, 3))
@@ -65,7 +64,7 @@ def torchrun(*words):
 
 
 @pytest.fixture
-def settings(few, tmp_path):
+def settings(config, tmp_path):
     """stage, words -> Config of a run whose rewards spread around 0"""
     (tmp_path / "around.py").write_text(REWARDS)
     words = [
@@ -77,7 +76,7 @@ def settings(few, tmp_path):
     ]
     for name in ("side", "half"):
         words.append(f"rewards.train.{name}={{kind: '{tmp_path}/around.py:{name}'}}")
-    return lambda stage, *more: few(*words, *more, stage=stage)
+    return lambda stage, *more: config(*words, *more, stage=stage)
 
 
 def check_close(one, other):

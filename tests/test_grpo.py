@@ -5,24 +5,20 @@ import re
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock, call
 
 import pytest
 import torch
 from conftest import ROOT
-from diffusers import FluxPipeline
 from omegaconf import OmegaConf
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from torch.testing import assert_close
 
 import bench
 import generator
 import grpo
 import refiner
 from common import on_device, rng
-from folder import flat
 from learner import UpdateConfig
 from reward import RewardConfig
 
@@ -33,19 +29,6 @@ PROFILES = FILE.pop("profiles")
 GENERATOR = "train: generator, steps: 6, prompts: 2, images: 4"
 REFINER = "train: refiner, steps: 1, prompts: 2, images: 2, rewrites: 3, keep_original: no"
 JOINT = "train: joint, steps: 1, prompts: 2, rewrites: 2, images: 3"
-KINDS = ["refiner", "generator", "joint"]
-
-
-@pytest.fixture
-def few(config, tmp_path):
-    """words, stage -> Config of the tiny run, with two photographs, which load in no time"""
-    lines = Path("nano/photos/validation.jsonl").read_text().splitlines()[:2]
-    photos = tmp_path / "photos.jsonl"
-    text = "\n".join(lines)
-    photos.write_text(text.replace('"image": "', f'"image": "{ROOT}/nano/photos/'))
-    return lambda *words, **stage: config(
-        f"validation_photos={photos}", *words, **stage
-    )
 
 
 @pytest.fixture
@@ -168,7 +151,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("word, message", MISTAKES.items(), ids=MISTAKES)
+@pytest.mark.parametrize("word, message", MISTAKES.items())
 def test_a_mistake_is_one_line_and_exit_code_2(refused, tmp_path, word, message):
     """It names key and value; and nothing is left that would stand in the way of the next try."""
     for _ in range(2):
@@ -183,11 +166,11 @@ def test_no_config_file_is_one_line(refused):
     assert "no.yaml" in refused("no.yaml")
 
 
-def test_a_bug_keeps_its_traceback(few, monkeypatch):
+def test_a_bug_keeps_its_traceback(config, monkeypatch):
     """What is no ConfigError passes through `cli` as it was raised, or nobody could mend it."""
     monkeypatch.setattr(grpo.Run, "step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        grpo.cli(lambda: grpo.train(few()))
+        grpo.cli(lambda: grpo.train(config()))
 
 
 # ---------------------------------------------------------------- the house
@@ -213,52 +196,37 @@ def test_arrows_go_one_way():
 
 
 @pytest.mark.parametrize("log_prob", ["path", "elbo"])
-def test_two_uses_never_draw_the_same_noise(few, spy, log_prob):
+def test_two_uses_never_draw_the_same_noise(config, spy, log_prob):
     """numpy pads a seed with zeros: numbers alone would not keep a window from a look's first picture.
 
     Only elbo's noise is drawn more than once: for all pictures of a prompt.
     """
-    cfg = few(f"generator.log_prob={log_prob}", stage=JOINT)
+    cfg = config(f"generator.log_prob={log_prob}", stage=JOINT)
     run = grpo.Run(cfg)
     calls = [spy(module, "rng") for module in (grpo, generator, refiner)]
     run.step(cfg.stages[0], 0)
     run.evaluate(cfg.stages[0])
     keys = sum(calls, [])
-    shared = {key for key in keys if key[0] == "noised"}
-    assert len(shared) == (4 if log_prob == "elbo" else 0)  # 2 prompts at 2 times
-    keys = [key for key in keys if key not in shared] + list(shared)
-    assert len({rng(*key).random() for key in keys}) == len(keys) > 30
+    shared = len(keys) - len({*keys})
+    # 9 pictures of each of 2 prompts, at 2 times
+    assert shared == (2 * 8 * 2 if log_prob == "elbo" else 0)
+    assert len({rng(*key).random() for key in keys}) == len({*keys}) > 30
 
 
 # ---------------------------------------------------------------- advantages and loss
 
 
-def test_advantages_of_a_group_sum_to_zero():
-    """Each is the weighted mean of standardised rewards; so a reward's own scale does not matter."""
-    a, b = torch.randn(2, 12)
-    both = grpo.advantages({"a": a, "b": b}, {"a": 1.0, "b": 0.5}, 3)  # (3, 4)
-    torch.testing.assert_close(both.sum(1), torch.zeros(3), atol=1e-5, rtol=0)
-    scaled = grpo.advantages({"a": 100 * a + 7, "b": b}, {"a": 1.0, "b": 0.5}, 3)
-    torch.testing.assert_close(scaled, both, atol=2e-3, rtol=0)
-    by_hand = torch.zeros(4)
-    for weight, r in ((1.0, a[4:8]), (0.5, b[4:8])):  # the second group
-        by_hand += weight * (r - r.mean()) / (r.std(correction=0) + 1e-4)
-    torch.testing.assert_close(both[1], by_hand / 1.5)
-
-
-def test_advantages_are_clipped_to_five():
-    """One outlier of 100 would stand at 9.9 standard deviations."""
-    rewards = torch.zeros(100)
-    rewards[3] = 1.0
-    assert grpo.advantages({"a": rewards}, {"a": 1.0}, 1).max() == 5.0
-
-
-def test_a_group_of_equal_rewards_gives_nothing():
-    """Rounding is no advantage."""
-    rewards = torch.tensor([0.3, 0.3, 0.3 + 1e-7, 0.1, 0.2, 0.3])
-    first, second = grpo.advantages({"a": rewards}, {"a": 1.0}, 2)
-    assert first.abs().max() < 1e-3
-    assert second.abs().max() > 1
+def test_advantages_are_the_weighted_mean_of_standardised_rewards():
+    """In each group; 1e-4 keeps rounding from being an advantage. Of 100, one outlier would stand at 9.9."""
+    a, b = torch.randn(2, 3, 4)
+    scores = {"a": a.flatten(), "b": b.flatten()}
+    want = torch.zeros(3, 4)
+    for weight, r in ((1.0, a), (0.5, b)):
+        std = r.std(1, keepdim=True, correction=0)
+        want += weight * (r - r.mean(1, keepdim=True)) / (std + 1e-4)
+    assert_close(grpo.advantages(scores, {"a": 1.0, "b": 0.5}, 3), want / 1.5)
+    outlier = torch.eye(100)[3]
+    assert grpo.advantages({"a": outlier}, {"a": 1.0}, 1).max() == 5.0
 
 
 def test_extremes_are_the_worst_and_best_of_each_group():
@@ -267,7 +235,6 @@ def test_extremes_are_the_worst_and_best_of_each_group():
     first, second = grpo.extremes(advantage, 1)
     assert first.tolist() == [False, True, True, False, False]
     assert second.sum() == 2
-    assert grpo.extremes(advantage, 2)[0].tolist() == [True, True, True, False, True]
     assert grpo.extremes(advantage, 0).all() and grpo.extremes(advantage, 3).all()
 
 
@@ -289,64 +256,49 @@ def test_clipped_loss_is_the_pessimistic_bound(ratio, advantage, slope):
     assert clipped.item() == (slope == 0)
 
 
-def test_in_a_joint_stage_either_policy_has_its_own_groups(few, monkeypatch):
+def test_in_a_joint_stage_either_policy_has_its_own_groups(config, spy, monkeypatch):
     """A picture is compared with those of its text, a rewrite with the texts of its prompt."""
-    cfg = few("refiner.format_penalty=0", stage=JOINT)
+    cfg = config("refiner.format_penalty=0", stage=JOINT)
     run = grpo.Run(cfg)
     run.prompts = ["a cat"] * 2  # a group is a place in the batch, not a text
-    given = {}
     scores = {"bright": torch.randn(18), "smooth": torch.zeros(18)}  # P*N*M
     monkeypatch.setattr(run, "score", lambda *_: scores)
-
-    def update(name, record, advantage, k=0):
-        given[name] = advantage
-        assert k == 0
-        return {}
-
-    monkeypatch.setattr(run, "update", update)
+    updates = spy(run, "update")
     run.step(cfg.stages[0], 0)
-    pictures = given["generator"].view(6, 3)  # (P*N, M)
-    torch.testing.assert_close(pictures.sum(1), torch.zeros(6), atol=1e-5, rtol=0)
-    texts = grpo.standardise(scores["bright"].view(2, 3, 3).mean(2))  # (P, N)
-    torch.testing.assert_close(
-        given["refiner"], texts[:, 1:] / 2
-    )  # nobody chose the user's words
+    pictures, texts = [advantage for _, _, advantage, *_ in updates]
+    assert_close(pictures.view(6, 3).sum(1), torch.zeros(6))  # (P*N, M)
+    want = grpo.standardise(scores["bright"].view(2, 3, 3).mean(2))  # (P, N)
+    assert_close(texts, want[:, 1:] / 2)  # nobody chose the user's words
 
 
 # ---------------------------------------------------------------- whole steps
 
 
-@pytest.mark.parametrize("stage", [REFINER, GENERATOR, JOINT], ids=KINDS)
-def test_a_step_moves_only_the_lora_of_what_the_stage_trains(few, stage):
-    """Base weights, autoencoder and text encoders never move, nor does the LoRA of a frozen policy."""
-    cfg = few(stage=stage)
+@pytest.mark.parametrize("stage", [REFINER, GENERATOR, JOINT])
+def test_a_step_moves_only_the_lora_of_what_the_stage_trains(config, stage):
+    """Base weights never move, nor does the LoRA of a frozen policy."""
+    cfg = config(stage=stage)
     run = grpo.Run(cfg)
-    models = torch.nn.ModuleDict({"refiner": run.refiner.model})
-    models["generator"] = run.generator.transformer
-    models["vae"] = run.generator.pipe.vae
-    models["t5"] = run.generator.pipe.text_encoder_2
+    models = {"refiner": run.refiner.model, "generator": run.generator.transformer}
+    models = torch.nn.ModuleDict(models)
     before = {name: p.clone() for name, p in models.named_parameters()}
     rows = [run.step(cfg.stages[0], iteration) for iteration in range(2)]
-    after = dict(models.named_parameters())
-    moved = [name for name in after if not torch.equal(after[name], before[name])]
-    policies = {"generator", "refiner"}
-    trained = policies & {name.partition(".")[0] for name in moved}
-    assert trained == (policies if stage == JOINT else {cfg.stages[0].train})
-    assert all(
-        name.partition(".")[0] in trained and "lora_" in name for name in moved
-    )
+    moved = [n for n, p in models.named_parameters() if not torch.equal(p, before[n])]
+    trained = {name.partition(".")[0] for name in moved}
+    assert trained == ({"refiner", "generator"} if stage == JOINT else {cfg.stages[0].train})
+    assert all("lora_" in name for name in moved)
     for row in rows:
-        assert policies & {*row} == trained
+        assert {"refiner", "generator"} & {*row} == trained
         assert all(row[name]["grad_norm"] > 0 for name in trained)
 
 
-@pytest.mark.parametrize("stage", [REFINER, GENERATOR, JOINT], ids=KINDS)
-def test_batches_are_prompt_major(few, spy, stage):
+@pytest.mark.parametrize("stage", [REFINER, GENERATOR, JOINT])
+def test_batches_are_prompt_major(config, spy, stage):
     """Rewards see what the user typed, the generator the texts; with rewrites: 0 those are the user's words.
 
     In a refiner stage the texts of a prompt are drawn on the same noise, elsewhere each picture has its own.
     """
-    cfg = few(stage=stage)
+    cfg = config(stage=stage)
     run = grpo.Run(cfg)
     stage = cfg.stages[0]
     drawn = spy(run.generator, "rollout")
@@ -358,10 +310,8 @@ def test_batches_are_prompt_major(few, spy, stage):
     texts, keys = drawn[0]
     words = scored[0][2]
     N, M = stage.texts, stage.images
-    assert words == [
-        prompt for prompt in run.next_prompts(0, 2) for _ in range(N * M)
-    ]
-    assert [texts[i] for i in range(0, len(texts), M) for _ in range(M)] == texts
+    assert words == [prompt for prompt in run.next_prompts(0, 2) for _ in range(N * M)]
+    assert texts == [text for text in texts[::M] for _ in range(M)]
     assert (texts == words) == (stage.rewrites == 0)
     assert not stage.keep_original or texts[:M] == words[:M]
     if stage.train == "refiner":
@@ -371,61 +321,49 @@ def test_batches_are_prompt_major(few, spy, stage):
 
 
 @pytest.mark.parametrize("log_prob", ["path", "elbo"])
-def test_gradients_do_not_depend_on_the_micro_batch(few, monkeypatch, log_prob):
-    """All pictures and rewrites at once or in fives: one gradient for either policy."""
+def test_gradients_do_not_depend_on_the_micro_batch(config, monkeypatch, log_prob):
+    """All pictures and rewrites at once, or in fives with activations computed again: one gradient."""
     words = [f"generator.log_prob={log_prob}", "generator.extremes=3"]
     kept = []
 
     def keep(run, name):
-        kept.append(
-            torch.cat([p.grad.flatten() for p in run.policies[name].parameters()])
-        )
+        grads = [p.grad.flatten() for p in run.policies[name].parameters()]
+        kept.append(torch.cat(grads))
         return 0.0
 
     monkeypatch.setattr(grpo.Run, "optimize", keep)
-    for micro_batch in (18, 5):
-        cfg = few(f"micro_batch={micro_batch}", *words, stage=JOINT)
-        grpo.Run(cfg).step(cfg.stages[0], 0)
+    for micro_batch, again in ((18, False), (5, True)):
+        words += [f"micro_batch={micro_batch}", f"generator.gradient_checkpointing={again}"]
+        cfg = config(*words, stage=JOINT)
+        run = grpo.Run(cfg)
+        assert run.generator.transformer.is_gradient_checkpointing == again
+        run.step(cfg.stages[0], 0)
     for whole, split in zip(kept[:2], kept[2:]):
         assert whole.norm() > 0
         assert (whole - split).norm() < 1e-3 * whole.norm()
 
 
-def test_figures_do_not_grow_with_updates(few):
-    """At rates too low to move anything, two updates report the loss, KL, clip share and entropy of one."""
-    words = ["refiner.loss=grpo", "refiner.beta=0.5", "micro_batch=18"]
-    cfg = few("generator.lr=1e-12", "refiner.lr=1e-12", *words, stage=JOINT)
-    run = grpo.Run(cfg)
-    for policy, std in ((run.generator, 1.0), (run.refiner, 0.05)):
-        for p in policy.parameters():
-            p.data += std * torch.randn(p.shape)  # or the KL would be 0
-    rows = []
-    for cfg.updates in (1, 2):
-        row = flat(run.step(cfg.stages[0], 0))
-        rows.append(
-            {name: value for name, value in row.items() if "grad_norm" not in name}
-        )
-    assert rows[1] == pytest.approx(rows[0], rel=0.01)
-    for name in ("generator/kl", "refiner/kl", "refiner/entropy"):
-        assert rows[0][name] > 1e-3
-
-
 @pytest.mark.parametrize("log_prob", ["path", "elbo"])
-def test_the_second_update_compares_with_the_rollout(few, spy, log_prob):
-    """The ratio is 1 in the first, and no longer in the second, whose weights are not those that drew."""
-    words = ["updates=2", "micro_batch=9", f"generator.log_prob={log_prob}"]
-    cfg = few(*words, stage=JOINT)
+def test_the_second_update_compares_with_the_rollout(config, spy, log_prob):
+    """The ratio is 1 in the first, and no longer in the second, whose weights are not those that drew.
+
+    Figures are means over the updates.
+    """
+    words = ["updates=2", "micro_batch=9", "generator.beta=0", f"generator.log_prob={log_prob}"]
+    cfg = config(*words, stage=JOINT)
     losses = spy(grpo, "clipped_loss")
     run = grpo.Run(cfg)
-    run.step(cfg.stages[0], 0)
+    row = run.step(cfg.stages[0], 0)
     change = [log_ratio.abs().max().item() for log_ratio, *_ in losses]
     pictures = change[:4]  # of 2 updates, each on the 2 steps of the window, or 2 times
     rewrites = change[4:]
     assert max(*pictures[:2], rewrites[0]) < 1e-6
     assert min(pictures[2:]) > 2e-6 and rewrites[1] > 1e-5
+    values = [grpo.clipped_loss(*arguments)[0] for arguments in losses[:4]]
+    assert row["generator"]["loss"] == pytest.approx(torch.cat(values).mean().item(), rel=0.01)
 
 
-def test_a_policy_is_on_the_device_while_it_works_and_at_no_other_time(few, monkeypatch):
+def test_a_policy_is_on_the_device_while_it_works_and_at_no_other_time(config, monkeypatch):
     """A whole step, a look and a restore under offload; the other policy waits."""
     here = []
 
@@ -445,7 +383,7 @@ def test_a_policy_is_on_the_device_while_it_works_and_at_no_other_time(few, monk
 
         monkeypatch.setattr(kind, name, method)
 
-    cfg = few("offload=true", "updates=2", stage=JOINT)
+    cfg = config("offload=true", "updates=2", stage=JOINT)
     run = grpo.Run(cfg)
     for module in (generator, refiner):
         monkeypatch.setattr(module, "on_device", at_work)
@@ -490,26 +428,23 @@ def test_keep_says_which_look_is_kept(tmp_path, keep, step):
     The stage ends with the weights of that look.
     """
     (tmp_path / "samples").mkdir()
-    stages = [grpo.StageConfig()]
-    cfg = grpo.Config(out=str(tmp_path), stages=stages, keep=keep, eval_images=1)
+    cfg = grpo.Config(out=str(tmp_path), stages=[grpo.StageConfig()], keep=keep, eval_images=1)
     cfg.keep_within = {"alignment": 0.02, "absent": 0.1}
-    run = SimpleNamespace(cfg=cfg, weights={"alignment": 1.0})
-    run.tensors = lambda: {"generator": {"lora": lora}}
-    run.evaluate = lambda stage: (figures, torch.zeros(2, 3, 8, 8))
     lora = torch.zeros(1)
+    kept = []
+    run = SimpleNamespace(cfg=cfg, weights={"alignment": 1.0}, policies={}, set_tensors=kept.append)
+    run.tensors = lambda: {"lora": lora}
     looks = {}
     for iteration, values in enumerate(LOOKS):
         figures = dict(zip(("score", "reward", "train_alignment"), values))
-        grpo.look(run, grpo.StageConfig(), iteration, looks)
+        run.evaluate = lambda stage: (figures, torch.zeros(2, 3, 8, 8))
+        grpo.look(run, cfg.stages[0], iteration, looks)
         lora += 1
-    kept = []
-    run.set_tensors = kept.append
-    run.policies = {}
     rows = [{"step": 0, "stage": "0 generator", "validation": {"score": 0.1}}]
     progress = {"looks": looks, "rows": rows}
     grpo.finish_stage(run, 0, progress, SimpleNamespace(say=print))
     assert not looks  # the next stage has its own
-    assert kept[0]["generator"]["lora"].item() == step
+    assert kept == [{"lora": step}]
 
 
 FORK = [
@@ -531,15 +466,14 @@ WAYS = ["ratio=guard", "ratio=ppo", "log_prob=elbo"]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_reward_of_ones_own_rises_and_its_weights_are_kept(few, way):
+def test_a_reward_of_ones_own_rises_and_its_weights_are_kept(config, way):
     """Brightness, with no judge beside it: it rises on prompts and noise that never trained."""
     stage = "train: generator, steps: 8, prompts: 4, images: 16"
-    cfg = few(*FORK, f"generator.{way}", stage=stage)
+    cfg = config(*FORK, f"generator.{way}", stage=stage)
     grpo.train(cfg)
     rows = [json.loads(line) for line in open(f"{cfg.out}/metrics.jsonl")]
     looks = [row["validation"]["reward"] for row in rows if "validation" in row]
-    assert looks == sorted(looks)
-    assert looks[-1] - looks[0] > 0.05 * rows[0]["reward_std"]
+    assert min(looks[1:]) - looks[0] > 0.05 * rows[0]["reward_std"]
     run = grpo.Run(cfg, train=False)
     run.generator.load(f"{cfg.out}/generator")
     assert all(
@@ -547,22 +481,17 @@ def test_a_reward_of_ones_own_rises_and_its_weights_are_kept(few, way):
     )
 
 
-def test_a_toy_reward_rises_for_the_refiner(few, monkeypatch):
+def test_a_toy_reward_rises_for_the_refiner(config, spy, monkeypatch):
     """A reward on a rewrite's words: the share of rewrites that hold them grows."""
     stage = "train: refiner, steps: 8, prompts: 4, images: 1, rewrites: 8, keep_original: no"
-    cfg = few(
-        "refiner.lr=3e-3",
-        "refiner.max_new_tokens=20",
-        "micro_batch=32",
-        stage=stage,
-    )
+    cfg = config("refiner.lr=3e-3", "refiner.max_new_tokens=20", "micro_batch=32", stage=stage)
     run = grpo.Run(cfg)
+    drawn = spy(run.generator, "rollout")
+    monkeypatch.setattr(run, "score", lambda *_: {"bright": photo(), "smooth": torch.zeros(32)})
 
-    def rollout(texts, keys, num_steps):
-        bright = torch.tensor([float("photo" in text) for text in texts])
-        return bright.view(-1, 1, 1, 1).expand(-1, 3, 16, 16), None
+    def photo():
+        return torch.tensor([float("photo" in text) for text in drawn[-1][0]])
 
-    monkeypatch.setattr(run.generator, "rollout", rollout)
     share = [run.step(cfg.stages[0], i)["rewards"]["bright"] for i in range(8)]
     assert sum(share[-3:]) / 3 > sum(share[:2]) / 2 + 0.2
 
@@ -570,9 +499,9 @@ def test_a_toy_reward_rises_for_the_refiner(few, monkeypatch):
 # ---------------------------------------------------------------- a run
 
 
-def test_a_run_that_diverges_says_so(few, refused, tmp_path):
+def test_a_run_that_diverges_says_so(config, refused, tmp_path):
     """It names the rate to lower, and no resume, which would diverge again."""
-    few(stage=GENERATOR)
+    config(stage=GENERATOR)
     line = refused(
         str(tmp_path / "config.yaml"), "generator.lr=1e30", "eval_every=9"
     )
@@ -581,8 +510,8 @@ def test_a_run_that_diverges_says_so(few, refused, tmp_path):
     assert "resume" not in line
 
 
-def test_a_run_writes_what_it_says(few, refused, tmp_path, monkeypatch):
-    """Rows, which a tracker gets too, a config that loads to the same, pictures, LoRAs for stock classes.
+def test_a_run_writes_what_it_says(config, refused, tmp_path, monkeypatch):
+    """Rows, which a tracker gets too, a config that loads to the same, pictures.
 
     A second run on the same folder is refused, and nothing in it changes.
     """
@@ -594,7 +523,7 @@ def test_a_run_writes_what_it_says(few, refused, tmp_path, monkeypatch):
     tracker = SimpleNamespace(init=lambda **_: None, log=log, finish=lambda: None)
     monkeypatch.setitem(sys.modules, "trackio", tracker)
     stages = f"stages=[{{{REFINER}}}, {{{JOINT}}}]"
-    cfg = few(stages, "log=trackio")
+    cfg = config(stages, "log=trackio")
     grpo.train(cfg)
     out = tmp_path / "out"
     rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
@@ -603,14 +532,6 @@ def test_a_run_writes_what_it_says(few, refused, tmp_path, monkeypatch):
     assert grpo.load_config([str(out / "config.yaml")]) == cfg
     names = {path.name for path in out.rglob("*.png")}
     assert names >= {"curves.png", "00000_refiner.png", "before_after_1_joint.png"}
-    pipe = FluxPipeline.from_pretrained(cfg.generator.model)
-    pipe.load_lora_weights(out / "generator")
-    language = AutoModelForCausalLM.from_pretrained(cfg.refiner.model)
-    for model in (
-        pipe.transformer,
-        PeftModel.from_pretrained(language, out / "refiner"),
-    ):
-        assert any("lora_B" in name for name, _ in model.named_parameters())
     assert "is in use" in refused(str(tmp_path / "config.yaml"), stages)
     assert len((out / "metrics.jsonl").read_text().splitlines()) == len(rows)
 
@@ -618,14 +539,14 @@ def test_a_run_writes_what_it_says(few, refused, tmp_path, monkeypatch):
 # ---------------------------------------------------------------- one LLM for two
 
 
-def test_a_text_encoder_that_writes_is_the_refiner(few, tmp_path):
+def test_a_text_encoder_that_writes_is_the_refiner(config, tmp_path):
     """FLUX.2-klein encodes prompts with a Qwen3: its LoRA trains as the refiner and is off where prompts are encoded."""
     import pipelines
 
     torch.manual_seed(0)
     pipe, call = pipelines.klein(is_distilled=True)
     pipe.save_pretrained(tmp_path / "klein")
-    cfg = few(
+    cfg = config(
         f"generator.model={tmp_path}/klein",
         f"generator.call={json.dumps(call)}",
         "generator.log_prob=elbo",
@@ -639,34 +560,30 @@ def test_a_text_encoder_that_writes_is_the_refiner(few, tmp_path):
     assert run.refiner.base is run.generator.text_encoder
     keys = [("test", 0), ("test", 1)]
     words = ["a cat", "a dog"]
-    with run.generator.at_work():
-        before, _ = run.generator.rollout(words, keys)
+
+    def drawn():
+        with run.generator.at_work():
+            return run.generator.rollout(words, keys)[0]
+
+    before = drawn()
     state = {name: p.clone() for name, p in run.refiner.state().items()}
-    run.update("refiner", *rewritten(run, words))
+    _, rewrites = run.refiner.rollout(words, 2, keys)
+    run.update("refiner", rewrites, torch.tensor([[1.0, -1.0]] * 2))
     assert any(not torch.equal(p, state[name]) for name, p in run.refiner.state().items())
-    with run.generator.at_work():
-        after, _ = run.generator.rollout(words, keys)
-    assert torch.equal(before, after)
+    assert torch.equal(drawn(), before)
     # with the LoRA on, pictures would be others
     run.generator.without_lora = nullcontext
-    with run.generator.at_work():
-        assert not torch.equal(run.generator.rollout(words, keys)[0], before)
+    assert not torch.equal(drawn(), before)
 
 
-def rewritten(run, prompts):
-    """Two rewrites of each prompt, of which the first is the better one"""
-    _, record = run.refiner.rollout(prompts, 2, [("rewrite", p) for p in range(len(prompts))])
-    return record, torch.tensor([[1.0, -1.0]] * len(prompts))
-
-
-def test_a_text_encoder_that_does_not_write_is_no_refiner(few, refused, tmp_path):
-    few()
+def test_a_text_encoder_that_does_not_write_is_no_refiner(config, refused, tmp_path):
+    config()
     words = [str(tmp_path / "config.yaml"), "refiner.model=text_encoder"]
     assert "text_encoder is a CLIPTextModel" in refused(*words)
 
 
-def test_fewer_bits_ask_for_their_library(refused, few, monkeypatch, tmp_path):
-    few()
+def test_fewer_bits_ask_for_their_library(refused, config, monkeypatch, tmp_path):
+    config()
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     words = [str(tmp_path / "config.yaml"), "refiner.quantize=int8"]
@@ -674,14 +591,13 @@ def test_fewer_bits_ask_for_their_library(refused, few, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("schedule, shares", [("linear", [1, 0.5]), ("constant", [1, 1])])
-def test_learning_rates_follow_the_schedule_of_a_stage(few, monkeypatch, schedule, shares):
+def test_learning_rates_follow_the_schedule_of_a_stage(config, monkeypatch, schedule, shares):
     lrs = []
-    step = torch.optim.AdamW.step
 
-    def watched(optimizer):
-        lrs.append(optimizer.param_groups[0]["lr"])
-        return step(optimizer)
+    def optimize(run, name):
+        lrs.append(run.optimizers[name].param_groups[0]["lr"])
+        return 0.0
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    grpo.train(few(f"lr_schedule={schedule}", "generator.lr=0.01", "eval_every=9"))
+    monkeypatch.setattr(grpo.Run, "optimize", optimize)
+    grpo.train(config(f"lr_schedule={schedule}", "generator.lr=0.01", "eval_every=9"))
     assert lrs == [0.01 * share for share in shares]

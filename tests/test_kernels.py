@@ -160,18 +160,6 @@ def test_the_sweep_never_holds_all_logits(sweep):
     assert max(sizes) < 16 * 200 / 10
 
 
-def test_only_a_gradient_costs_the_second_product(sweep, monkeypatch):
-    """A tile is one product with the head, and one more where hidden has a gradient."""
-    products = []
-    product = K.product
-    monkeypatch.setattr(K, "product", lambda a, b: products.append(b) or product(a, b))
-    hidden, weight, ids = token_inputs((4,), 6, 30)  # two tiles
-    K.token_log_probs(hidden, weight, ids)
-    assert len(products) == 2
-    K.token_log_probs(hidden.requires_grad_(True), weight, ids)
-    assert len(products) == 2 + 4
-
-
 def test_a_trainable_head_is_refused():
     """Its gradient would be missing in silence."""
     hidden, weight, ids = token_inputs((2,), 3, 5)

@@ -19,7 +19,6 @@ from refiner import (
     RefinerConfig,
     chat,
     cue_share,
-    k3_kl,
     read_answer,
 )
 
@@ -93,15 +92,12 @@ def test_cue_share_counts_texts():
 
 def test_examples_are_earlier_turns(refiner):
     """Between the system's words and the user's, which end the chat as they do without."""
-    (plain,) = chat(refiner.tokenizer, ["a cat"], "Be brief.", {})
-    (shown,) = chat(
-        refiner.tokenizer, ["a cat"], "Be brief.", {"a dog": "grain"}
+    plain, shown = (
+        chat(refiner.tokenizer, ["a cat"], "Be brief.", examples)[0]
+        for examples in ({}, {"a dog": "grain"})
     )
-    places = [
-        shown.index(turn)
-        for turn in ("Be brief.", "a dog", "<answer>grain</answer>", "a cat")
-    ]
-    assert places == sorted(places)
+    turns = ["Be brief.", "a dog", "<answer>grain</answer>", "a cat"]
+    assert sorted(turns, key=shown.index) == turns
     assert shown.endswith(plain[plain.index("a cat") :])
 
 
@@ -145,9 +141,9 @@ def test_the_mask_is_the_rewrite_up_to_its_first_end_token(refiner, record):
     """It begins behind the longest chat, and holds the end token."""
     chats = chat(refiner.tokenizer, PROMPTS, refiner.cfg.system_prompt, {})
     K = max(map(len, refiner.tokenizer(chats).input_ids))
+    eos = refiner.tokenizer.eos_token_id
     for ids, mask in zip(record.ids.tolist(), record.mask.tolist()):
-        ids.append(refiner.tokenizer.eos_token_id)
-        end = ids.index(refiner.tokenizer.eos_token_id, K)
+        end = [*ids, eos].index(eos, K)
         assert mask == [float(K <= i <= end) for i in range(len(mask))]
     assert len(record.mask.sum(1).unique()) > 1
 
@@ -186,20 +182,13 @@ def test_ratio_and_kl_follow_from_the_old_policy(record):
     new, _ = llm.log_probs(record, ROWS)
     ((log_ratio, kl, *_),) = llm.terms(record, ROWS)
     assert_close(log_ratio, new - old, rtol=1e-4, atol=1e-4)
-    assert_close(kl, k3_kl(new, old), rtol=1e-4, atol=1e-4)
+    d = old - new  # Schulman's k3, whose mean over tokens of the policy is the KL
+    assert_close(kl, d.exp() - d - 1, rtol=1e-4, atol=1e-6)
     assert kl.sum() > 0
     ((log_ratio, *_),) = llm.terms(record, [0, 1])  # not remembered
     assert not log_ratio.any()
     log_ratio.sum().backward()
     assert all(p.grad.any() for p in llm.parameters())
-
-
-def test_the_mean_of_k3_is_the_kl():
-    """Over tokens of the policy; it is never below 0, and 0 where both agree."""
-    p, q = torch.randn(2, 8, dtype=torch.float64).log_softmax(-1)
-    k3 = k3_kl(p, q)
-    assert k3.min() >= 0 and not k3_kl(p, p).any()
-    assert_close(p.exp() @ k3, p.exp() @ (p - q))
 
 
 # ---------------------------------------------------------------- losses
@@ -228,8 +217,8 @@ def test_the_token_losses_are_those_of_their_papers(kind, split):
     log_probs = torch.tensor([[0, 0.1, -0.5, 0], [0, 0.4, 0.2, 0]])
     mask = torch.tensor([[0.0, 1, 1, 1], [0, 1, 1, 0]])
     advantage = torch.tensor([[1.0], [-2]])
-    old = {0: torch.zeros(4), 1: torch.zeros(4)}
-    record = SimpleNamespace(mask=mask, old_log_probs=old)
+    old = torch.zeros(4)
+    record = SimpleNamespace(mask=mask, old_log_probs={0: old, 1: old})
     llm = object.__new__(Refiner)
     llm.cfg = RefinerConfig(loss=kind, max_new_tokens=10, beta=0)
     llm.log_probs = lambda _, rows: (log_probs[rows], None)
@@ -244,7 +233,8 @@ def test_the_token_losses_are_those_of_their_papers(kind, split):
 # ---------------------------------------------------------------- the adapter's file
 
 
-def test_a_saved_adapter_is_the_policy_again(tmp_path):
+@pytest.mark.parametrize("kind", ["renamed", "not finite"])
+def test_a_saved_adapter_is_the_policy_again_and_a_damaged_one_is_refused(tmp_path, kind):
     """Loaded into a fresh model it gives the same logits and can be trained; reference() takes it away."""
     llm = make()
     ids = torch.arange(20)[None]
@@ -259,13 +249,6 @@ def test_a_saved_adapter_is_the_policy_again(tmp_path):
     with again.reference():
         assert_close(again.model(ids).logits, base)
     assert (trained - base).abs().max() > 0.01
-
-
-@pytest.mark.parametrize("kind", ["renamed", "not finite"])
-def test_a_damaged_adapter_is_refused(tmp_path, kind):
-    """Libraries skip names that they do not know."""
-    llm = make()
-    llm.save(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     damage(file, kind)
     with pytest.raises(ConfigError, match=file.name):
@@ -283,9 +266,8 @@ def test_a_tokenizer_without_a_pad_token_rewrites_as_with_one(folder, record):
     llm = make(folder)
     assert llm.tokenizer.pad_token == llm.tokenizer.eos_token
     _, other = llm.rollout(PROMPTS, 4, KEYS)
-    assert other.texts == record.texts and torch.equal(
-        other.mask, record.mask
-    )
+    assert other.texts == record.texts
+    assert torch.equal(other.mask, record.mask)
 
 
 PARTS = [

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_grpo import few  # noqa: F401  a fixture
 from torch.utils._pytree import tree_leaves
 
 import folder
@@ -36,18 +35,16 @@ def noisy(images, prompts):  # draws from all global generators, as an augmentat
 
 
 @pytest.fixture
-def words(few, tmp_path):
+def words(config, tmp_path):
     """The command line of a run with everything in it: all kinds of stage, a detector that learns"""
     (tmp_path / "noisy.py").write_text(NOISY)
-    few(f"out={tmp_path}/out")
+    config(f"out={tmp_path}/out")
     noisy = f"rewards.train.noisy={{kind: '{tmp_path}/noisy.py:noisy'}}"
-    photos = f"validation_photos={tmp_path}/photos.jsonl"
     return [
         f"{tmp_path}/config.yaml",
         STAGES,
         *LEARNING,
         noisy,
-        photos,
         "save_every=1",
         "resume=true",
     ]
@@ -137,9 +134,9 @@ def test_a_stopped_run_finishes_its_step_and_saves_it(words, tmp_path, number, c
 
 
 @pytest.fixture
-def saved(few):
+def saved(config):
     """words -> Config, Run whose checkpoints of turns 1, 2 and 3 were saved in this order"""
-    cfg = few(stage="train: generator, steps: 9, prompts: 2, images: 2")
+    cfg = config(stage="train: generator, steps: 9, prompts: 2, images: 2")
     Path(cfg.out, "checkpoint").mkdir(parents=True)
     run = grpo.Run(cfg)
     for turn in (1, 2, 3):
@@ -209,8 +206,13 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(saved, harm, capsys):
 
 @pytest.mark.parametrize("key, value", [("weight_decay", 0.5), ("seed", 1), ("learners", {"a": 1})])
 def test_what_decides_the_result_may_not_change(saved, key, value):
-    """A changed key is named, and so is a prompt file whose words have changed."""
+    """A changed key is named, and so is a prompt file whose words have changed. Other keys are free."""
     cfg, run = saved
+    cfg.micro_batch = 1
+    cfg.save_every = 7
+    cfg.log = "wandb"
+    cfg.bench = {"images": 3}
+    assert folder.load_checkpoint(cfg, run.restore)["turn"] == 3
     whole = getattr(cfg, key)
     setattr(cfg, key, value)
     with pytest.raises(
@@ -223,19 +225,9 @@ def test_what_decides_the_result_may_not_change(saved, key, value):
         folder.load_checkpoint(cfg, run.restore)
 
 
-def test_what_does_not_decide_it_may(saved):
-    """Where it runs, what it shows, and what only the bench reads"""
-    cfg, run = saved
-    cfg.micro_batch = 1
-    cfg.save_every = 7
-    cfg.log = "wandb"
-    cfg.bench = {"images": 3}
-    assert folder.load_checkpoint(cfg, run.restore)["turn"] == 3
-
-
-def test_two_runs_on_one_folder_are_refused(few):
+def test_two_runs_on_one_folder_are_refused(config):
     """The second is told, and afterwards the folder is free."""
-    cfg = few("resume=true")
+    cfg = config("resume=true")
     with folder.lock(cfg):
         with pytest.raises(ConfigError, match="another run is at work"), folder.lock(cfg):
             pass

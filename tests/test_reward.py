@@ -31,28 +31,23 @@ def make(kind, model="", **args):
 # ---------------------------------------------------------------- pictures
 
 GREY = np.full((90, 50), 128, np.uint8)
-FORMATS = {
-    "grey": GREY,
-    "alpha": np.full((90, 50, 4), [128, 128, 128, 3], np.uint8),
-}
+ALPHA = np.full((90, 50, 4), [128, 128, 128, 3], np.uint8)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_a_picture_of_any_format_is_rgb(tmp_path, name):
+@pytest.mark.parametrize("pixels", [GREY, ALPHA])
+def test_a_picture_of_any_format_is_rgb(tmp_path, pixels):
     """(3,H,W) in [0,1], of the shape that is asked for."""
-    Image.fromarray(FORMATS[name]).save(tmp_path / "x.png")
+    Image.fromarray(pixels).save(tmp_path / "x.png")
     image = R.read_image(tmp_path / "x.png", (64, 48))
     assert_close(image, torch.full((3, 64, 48), 128 / 255))
 
 
 def test_a_picture_is_cropped_in_its_centre(tmp_path):
-    """The short side fits, and the long one is cut at both ends."""
+    """The long side is cut at both ends."""
     ramp = np.arange(0, 200, 2, np.uint8)  # (W,)
     Image.fromarray(np.tile(ramp, (50, 1))).save(tmp_path / "x.png")
     image = R.read_image(tmp_path / "x.png", (50, 50)) * 255
     assert_close(image[0, 0], torch.arange(50.0, 150, 2))
-    half = R.read_image(tmp_path / "x.png", (25, 25)) * 255
-    assert_close(half[0, 0], torch.arange(51.0, 151, 4), atol=1, rtol=0)  # means of pairs
 
 
 @pytest.mark.parametrize("content", [b"no picture", b"\x89PNG\r\n\x1a\n", None])
@@ -95,17 +90,15 @@ def test_as_file_is_what_a_jpeg_would_hold(tmp_path):
 
 def test_kid_is_its_definition():
     """The mean kernel over all pairs, but for those of a picture with itself, or with one of its prompt."""
-    x = torch.randn(5, 3, dtype=torch.float64)
-    y = torch.randn(4, 3, dtype=torch.float64)
+    x, y = torch.randn(2, 4, 3, dtype=torch.float64)
 
     def mean(pairs):
         return np.mean([(a @ b / 3 + 1) ** 3 for a, b in pairs])
 
-    want = mean(permutations(x, 2)) + mean(permutations(y, 2)) - 2 * mean(product(x, y))
-    assert R.kid(x, y, torch.arange(5)) == pytest.approx(want)
-    pairs = [(x[i], x[j]) for i in (0, 1) for j in (2, 3)]  # of two prompts with two pictures each
-    want += mean(pairs) - mean(permutations(x, 2)) - 2 * mean(product(x[:4], y)) + 2 * mean(product(x, y))
-    assert R.kid(x[:4], y, torch.tensor([7, 7, 3, 3])) == pytest.approx(want)
+    rest = mean(permutations(y, 2)) - 2 * mean(product(x, y))
+    assert R.kid(x, y, torch.arange(4)) == pytest.approx(mean(permutations(x, 2)) + rest)
+    pairs = product(x[:2], x[2:])  # of two prompts with two pictures each
+    assert R.kid(x, y, torch.tensor([7, 7, 3, 3])) == pytest.approx(mean(pairs) + rest)
 
 
 # ---------------------------------------------------------------- kinds
@@ -167,9 +160,8 @@ def test_kid_features_are_the_class_token_of_a_layer():
     vision = reward.model.vision_model
     out = vision(reward.preprocess(images), output_hidden_states=True)
     token = out.hidden_states[1][:, 0]  # (B, D)
-    centred = token - token.mean(1, keepdim=True)
-    want = centred / token.std(1, keepdim=True, correction=0)
-    assert_close(reward.features(images, 1), want, rtol=1e-3, atol=1e-3)
+    want = torch.nn.functional.layer_norm(token, token.shape[1:])
+    assert_close(reward.features(images, 1), want)
     assert_close(reward.features(images), out.pooler_output)
 
 

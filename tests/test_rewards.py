@@ -13,8 +13,10 @@ import pytest
 import torch
 from conftest import qwen_vl
 from safetensors.torch import save_file
+from torch.testing import assert_close
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, Qwen2VLImageProcessorPil
 
+import generator
 from common import ConfigError
 from generator import Generator
 from reward import to_pil
@@ -69,7 +71,7 @@ def test_vlm_is_the_published_reward_of_forensic_chat(vlm):
     ids = reward.processor.tokenizer.convert_tokens_to_ids
     real, Real, fake, Fake = z[ids(["real", "Real", "fake", "Fake"])]
     expected = torch.sigmoid((real + Real) / 2 - (fake + Fake) / 2)
-    torch.testing.assert_close(reward(images, [""])[0], expected)
+    assert_close(reward(images, [""])[0], expected)
 
 
 def test_vlm_of_a_batch_is_that_of_each_picture(vlm):
@@ -79,7 +81,7 @@ def test_vlm_of_a_batch_is_that_of_each_picture(vlm):
     prompts = ["a cat", "a cat", "a very long sentence about a dog in the rain"]
     together = reward(images, prompts)  # (B,)
     alone = [reward(images[[i]], [prompts[i]]) for i in range(3)]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-6)
+    assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-6)
     assert reward.needs_prompt and len(together.unique()) == 3
 
 
@@ -115,7 +117,6 @@ def stock_vit():
 # published name of a part -> the stock one
 NAMES = {"encoder_layers": "encoder.layers", "ln_pre": "pre_layrnorm", "ln_post": "post_layernorm"}
 TINY = dict(zip(omniaid.SHAPE, (128, 256, 2, 2, 8)))
-DROPPED = {"v1": "^feature", "v2": "^nothing"}
 VERSIONS = ["v1", "v2", "effort", "effort in a module"]
 
 
@@ -126,41 +127,40 @@ def tiny(monkeypatch):
     monkeypatch.setattr(omniaid, "hf_hub_download", os.path.join)
 
 
-def effort(wrap):
-    """A state dict of Effort: stock names in a backbone, a residual of rank 1 in each projection, training's buffers"""
-    state = {}
-    for name, tensor in stock_vit().state_dict().items():
-        if "_proj.weight" not in name:
-            state[f"backbone.{name}"] = tensor
-            continue
-        projection = f"backbone.{name.removesuffix('.weight')}"
-        state[f"{projection}.weight_main"] = tensor
-        for part, shape in {"U": (128, 1), "S": (1,), "V": (1, 128)}.items():
-            state[f"{projection}.{part}_residual"] = torch.randn(shape)
-        for part, shape in {"U": (128, 127), "S": (127,), "V": (127, 128)}.items():
-            state[f"{projection}.{part}_r"] = torch.randn(shape)
-    state |= {"head.weight": 0.3 * torch.randn(2, 128), "head.bias": torch.randn(2)}
-    return {wrap + name: tensor for name, tensor in state.items()}
-
-
 def published(version="v1"):
-    """A state dict under the published names: v2 has 6 experts and a router on a frozen CLIP, v1 no such CLIP"""
-    if version.startswith("effort"):
-        return effort("module." if "module" in version else "")
-    state = {f"feature_extractor.{name}": tensor for name, tensor in stock_vit().state_dict().items()}
+    """A state dict under the published names, and {stock projection: [U, S, V of each expert]}
+
+    v2 has 6 experts and a router on a frozen CLIP, v1 no such CLIP; Effort has one expert of rank 1, no router,
+    and buffers of its training.
+    """
+    effort = version.startswith("effort")
+    count, rank = (1, 1) if effort else (6, 2)
+    state = {}
+    experts = {}
     for name, tensor in stock_vit().state_dict().items():
-        for theirs, stock in NAMES.items():
-            name = name.replace(stock, theirs)
-        state[name.replace("_proj.weight", "_proj.weight_main")] = tensor
-        if "_proj.weight" in name:
-            for e in range(6):
-                for part, shape in {"U": (128, 2), "S": (2,), "V": (2, 128)}.items():
-                    state[name.replace("weight", f"{part}_experts.{e}")] = 0.5 * torch.randn(shape)
-    network = "gating_network.network"
-    for layer, shape in {"head": (2, 128), f"{network}.0": (24, 128), f"{network}.2": (5, 24)}.items():
+        if version == "v2":
+            state[f"feature_extractor.{name}"] = tensor
+        theirs = f"backbone.{name}" if effort else name
+        for published, stock in {} if effort else NAMES.items():
+            theirs = theirs.replace(stock, published)
+        if "_proj.weight" not in name:
+            state[theirs] = tensor
+            continue
+        state[f"{theirs}_main"] = tensor
+        theirs = theirs.removesuffix("weight")
+        parts = [torch.randn(count, *shape) / 2 for shape in ((128, rank), (rank,), (rank, 128))]
+        experts[name.removesuffix(".weight")] = list(zip(*parts))
+        for part, tensors in zip("USV", parts):
+            for e, tensor in enumerate(tensors):
+                state[theirs + (f"{part}_residual" if effort else f"{part}_experts.{e}")] = tensor
+            if effort:
+                state[f"{theirs}{part}_r"] = torch.randn(3)
+    layers = {"head": (2, 128), "gating_network.network.0": (24, 128), "gating_network.network.2": (5, 24)}
+    for layer, shape in list(layers.items())[: 1 if effort else 3]:
         state[f"{layer}.weight"] = 0.3 * torch.randn(shape)
         state[f"{layer}.bias"] = torch.randn(shape[0])
-    return {name: tensor for name, tensor in state.items() if not re.search(DROPPED[version], name)}
+    wrap = "module." if "module" in version else ""
+    return {wrap + name: tensor for name, tensor in state.items()}, experts
 
 
 def gates_by_hand(model, pixels):
@@ -175,50 +175,38 @@ def gates_by_hand(model, pixels):
     return torch.cat([outputs.softmax(-1), torch.ones(len(pixels), 1)], 1)
 
 
-def parts_of(state, name, e):
-    """U, S, V of an expert of a stock projection"""
-    for theirs in (f"{name.replace('encoder.layers', 'encoder_layers')}.{{}}_experts.{e}", f"backbone.{name}.{{}}_residual"):
-        for wrap in ("", "module."):
-            if wrap + theirs.format("U") in state:
-                return [state[wrap + theirs.format(part)] for part in "USV"]
-
-
 @pytest.mark.parametrize("version", VERSIONS)
 @torch.no_grad()
 def test_omniaid_is_the_stock_vit_with_a_sum_over_experts(tmp_path, version):
     """A stock ViT whose projections are W + sum_i g_i U_i diag(S_i) V_i, picture by picture, and the head."""
-    state = published(version)
+    state, experts = published(version)
     torch.save({"model": state, "epoch": 3}, tmp_path / "o.pth")
     reward = OmniAid(str(tmp_path), file="o.pth")
     pixels = reward.preprocess(pictures(3, 48))  # (B,3,32,32)
-    logits = []
+    expected = []
     for i, gates in enumerate(gates_by_hand(reward.model, pixels)):
         vit = stock_vit()
-        for name, projection in vit.named_modules():
-            if name.endswith("_proj"):
-                for e, g in enumerate(gates):
-                    u, s, v = parts_of(state, name, e)
-                    projection.weight += g * u @ s.diag() @ v
-        features = vit(pixels[[i]]).pooler_output[0]  # (D,)
-        wrap = "module." if "module.head.bias" in state else ""
-        logits.append(state[f"{wrap}head.weight"] @ features + state[f"{wrap}head.bias"])  # [real, fake]
-    expected = torch.stack(logits).softmax(-1)[:, 0]
-    torch.testing.assert_close(reward(pictures(3, 48), [""] * 3), expected, rtol=1e-4, atol=1e-5)
+        for name, parts in experts.items():
+            for g, (u, s, v) in zip(gates, parts, strict=True):
+                vit.get_submodule(name).weight += g * u @ s.diag() @ v
+        real, fake = reward.model.head(vit(pixels[[i]]).pooler_output[0])
+        expected.append((real - fake).sigmoid())
+    assert_close(reward(pictures(3, 48), [""] * 3), torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_effort_sees_what_its_evaluation_shows_it(tmp_path):
     """224 px in one resize (here 32), with ImageNet's mean and std"""
-    torch.save(effort("module."), tmp_path / "e.pth")
+    torch.save(published("effort")[0], tmp_path / "e.pth")
     reward = OmniAid(str(tmp_path / "e.pth"), resize=0, imagenet=True)
     images = pictures(3, 32)
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    torch.testing.assert_close(reward.preprocess(images), (images - mean) / std)
+    assert_close(reward.preprocess(images), (images - mean) / std)
 
 
 def test_omniaid_learns_with_head_and_experts(tmp_path):
     """2 of the head; 2 layers of 4 projections with 6 experts of 3 tensors."""
-    torch.save(published(), tmp_path / "o.pth")
+    torch.save(published()[0], tmp_path / "o.pth")
     assert len(OmniAid(str(tmp_path / "o.pth")).trainable()) == 2 + 2 * 4 * 6 * 3
 
 
@@ -242,7 +230,7 @@ class Trap:
 def test_what_is_no_whole_omniaid_is_refused(tmp_path, monkeypatch, damage):
     """Code is not run; other names, shapes and numbers are named."""
     monkeypatch.chdir(tmp_path)
-    state = published() | damage
+    state = published()[0] | damage
     torch.save({name: tensor for name, tensor in state.items() if tensor is not None}, "o.pth")
     with pytest.raises(ConfigError, match="o.pth"):
         OmniAid("o.pth")
@@ -258,33 +246,23 @@ def two_kinds(count):
     return torch.cat([smooth, torch.rand(count, 3, 32, 32)]), torch.arange(2 * count) // count
 
 
-@pytest.fixture
-def fitted(tmp_path):
-    """A file with a head that knows noisy pictures from smooth ones, and that head"""
+def test_a_probe_is_the_logistic_head_of_its_file(tmp_path):
+    """It tells apart kinds of pictures that it was not fitted on, and only its head has a gradient."""
     images, labels = two_kinds(32)
     head = probe.fit(Probe("nano/clip", head=None).features(images), labels, 0.01)
     save_file(head.state_dict(), tmp_path / "head.safetensors")
-    return str(tmp_path / "head.safetensors"), head
-
-
-def test_a_probe_tells_kinds_apart_and_is_the_logistic_head_of_its_file(fitted):
-    """On pictures that it was not fitted on; a saved head loads to the same scores."""
-    reward = Probe("nano/clip", head=fitted[0])
+    reward = Probe("nano/clip", head=tmp_path / "head.safetensors")
+    for p in reward.trainable():
+        p.requires_grad_()
     images, labels = two_kinds(16)
     scores = reward(images, [""] * 32)  # (B,)
     assert ((scores > 0.5) == labels).all()
     pooled = reward.model(reward.preprocess(images)).pooler_output  # (B, D)
     features = (pooled - pooled.mean(1, keepdim=True)) / pooled.std(1, keepdim=True, correction=0)
-    torch.testing.assert_close(scores, fitted[1](features)[:, 0].sigmoid(), rtol=1e-3, atol=1e-4)
-
-
-def test_only_the_head_of_a_probe_learns(fitted):
-    """Gradients of a student that learner.py makes."""
-    reward = Probe("nano/clip", head=fitted[0])
-    for p in reward.trainable():
-        p.requires_grad_()
-    reward.logits(pictures(2, 32))[:, 1].sum().backward()
-    assert [n for n, p in reward.model.named_parameters() if p.grad is not None] == ["probe.weight", "probe.bias"]
+    assert_close(scores, head(features)[:, 0].sigmoid(), rtol=1e-3, atol=1e-4)
+    scores.sum().backward()
+    moved = [n for n, p in reward.model.named_parameters() if p.grad is not None]
+    assert moved == ["probe.weight", "probe.bias"]
 
 
 def test_a_head_is_at_the_minimum_of_its_loss():
@@ -295,7 +273,7 @@ def test_a_head_is_at_the_minimum_of_its_loss():
     w = head.weight[0]
     wrong = head(features)[:, 0].sigmoid() - labels  # (n,)
     assert wrong.mean().abs() < 1e-3
-    torch.testing.assert_close(wrong @ features / 40, -2 * 0.05 * w, rtol=0, atol=1e-3)
+    assert_close(wrong @ features / 40, -2 * 0.05 * w, rtol=0, atol=1e-3)
 
 
 def test_a_subject_is_no_help(capsys):
@@ -308,22 +286,20 @@ def test_a_subject_is_no_help(capsys):
 
 def test_a_probe_is_fitted_from_the_command_line(tmp_path, monkeypatch, capsys):
     """Base pictures and photographs -> a head that loads. The generator is at work when it draws, or offload would fail."""
-    inside = []
     draw = Generator.rollout
-    work = Generator.at_work
+    here = []
 
     @contextmanager
-    def at_work(self):
-        with work(self):
-            inside.append(True)
-            yield
-            inside.clear()
+    def on_device(model, device):
+        here.append(model)
+        yield
+        here.pop()
 
     def rollout(self, prompts, *more, **options):
-        assert inside or len(prompts) == 2  # those two are the check at load
+        assert here or len(prompts) == 2  # those two are the check at load
         return draw(self, prompts, *more, **options)
 
-    monkeypatch.setattr(Generator, "at_work", at_work)
+    monkeypatch.setattr(generator, "on_device", on_device)
     monkeypatch.setattr(Generator, "rollout", rollout)
     monkeypatch.setattr(probe, "PICTURES", 20)
     head = str(tmp_path / "new" / "head.safetensors")
@@ -378,7 +354,7 @@ def test_endpoint_is_the_share_of_the_real_words():
     args = dict(base_url=serve(completion).url, question="{prompt}", concurrency=2)
     endpoint = Endpoint("m", **args)
     scores = endpoint(pictures(3, 8), ["0.2", "0.5", "0.9"])  # (B,)
-    torch.testing.assert_close(scores, torch.tensor([0.2, 0.5, 0.9]))
+    assert_close(scores, torch.tensor([0.2, 0.5, 0.9]))
     unlisted = Endpoint("m", real="photo", **args)
     assert unlisted(pictures(1, 8), ["0.9"]).item() == pytest.approx(0.5)  # 0.1 to 0.1
     assert endpoint.reply(to_pil(pictures(2, 8)), "0.5") == "x" * 4000
