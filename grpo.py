@@ -115,7 +115,7 @@ class Config:
     max_grad_norm: float = bounded("positive", 1.0)
     eval_every: int = bounded("positive", 4)
     eval_images: int = bounded("positive", 4)
-    keep: Literal["score", "reward", "last"] = "score"
+    keep: Literal["score", "reward", "last"] = "last"
     keep_within: dict[str, float] = field(default_factory=dict)
     save_every: int = bounded("positive", 4)
     resume: bool = False
@@ -647,7 +647,7 @@ def finish_stage(run, number, progress, log):
         path = out / "samples" / f"before_after_{number}_{stage}.png"
         save_before_after(looks["first"]["images"], best["images"], path)
         save_curves(progress["rows"], out / "curves.png")
-    worth = f"{cfg.keep} {best['worth']:.3f}"
+    worth = f"{cfg.keep} {best['worth']:.3g}"
     log.say(f"stage {number} ({stage}) keeps the weights of step {best['step']}: {worth}")
     looks.clear()  # the next stage has its own
 
