@@ -647,7 +647,8 @@ def finish_stage(run, number, progress, log):
         path = out / "samples" / f"before_after_{number}_{stage}.png"
         save_before_after(looks["first"]["images"], best["images"], path)
         save_curves(progress["rows"], out / "curves.png")
-    worth = f"{cfg.keep} {best['worth']:.3g}"
+    shown = "score" if cfg.keep == "last" else cfg.keep
+    worth = f"{shown} {best['figures'][shown]:.3f}"
     log.say(f"stage {number} ({stage}) keeps the weights of step {best['step']}: {worth}")
     looks.clear()  # the next stage has its own
 
