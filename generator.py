@@ -496,6 +496,13 @@ class Generator:
 
     # ------------------------------------------------ what GRPO asks of a policy
 
+    def places(self, chance):
+        """What of an iteration's pictures is trained on, drawn by a numpy generator: arguments of `rollout`"""
+        cfg = self.cfg
+        if cfg.log_prob == "path":
+            return {"window": draw_window(cfg.draw_steps, cfg.window, cfg.last_start, chance)}
+        return {"times": draw_times(cfg.num_steps, cfg.times, chance)}
+
     def clip(self):
         """The ratio is clipped to [1 - low, 1 + high]"""
         return self.cfg.clip_range, self.cfg.clip_range

@@ -53,7 +53,7 @@ from torch.utils._pytree import tree_map
 import ranks
 from common import ConfigError, bounded, check_bounds, loading, rng, torch_seed
 from folder import Log, checkpoints, load_checkpoint, lock, save_checkpoint
-from generator import Generator, GeneratorConfig, draw_times, draw_window
+from generator import Generator, GeneratorConfig
 from learner import Learner, Photographs, UpdateConfig
 from pipeline import reconstruct
 from plots import save_before_after, save_curves, save_grid
@@ -395,7 +395,6 @@ class Run:
         # Rewrites are compared on the same noise (common random numbers), or the luck of the noise would hide
         # what the words are worth. Pictures that train have noise of their own: it is what they explore with.
         M = stage.images
-        draw_steps = cfg.generator.draw_steps
         stride = 0 if stage.train == "refiner" else M
         keys = [
             ("picture", cfg.seed, iteration, p, n * stride + m)
@@ -406,16 +405,12 @@ class Run:
         places = {}
         if stage.train != "refiner":
             # the same for the whole step, or the log-ratios of a group would differ in scale
-            chance = rng("window", cfg.seed, iteration)
-            if cfg.generator.log_prob == "path":
-                places["window"] = draw_window(
-                    draw_steps, cfg.generator.window, cfg.generator.last_start, chance
-                )
-            else:
-                places["times"] = draw_times(cfg.generator.num_steps, cfg.generator.times, chance)
+            places = self.generator.places(rng("window", cfg.seed, iteration))
         texts = [text for text in texts for _ in range(M)]  # p*N*M
         with self.generator.at_work():
-            images, trajectory = self.generator.rollout(texts, keys, num_steps=draw_steps, **places)
+            images, trajectory = self.generator.rollout(
+                texts, keys, num_steps=cfg.generator.draw_steps, **places
+            )
         return rewrites, images, trajectory
 
     def next_prompts(self, iteration, P):
