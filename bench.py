@@ -13,7 +13,8 @@ Arena-Scoring asks a judge which of two pictures is better on each axis (realism
 orders: an answer that changes with the order is a tie. A model's answers stand in <out>/bench/judgements.jsonl,
 and only what is open is asked.
 
-<out>/bench/<contestant>.jsonl lists the pictures. <out>/bench.json; v = {"mean", "low", "high"}, a 95% interval (null: of one unit), or null; a tie is half a win:
+<out>/bench/<contestant>.jsonl lists the pictures. <out>/bench.json, in which v = {"mean", "low", "high"}, a 95%
+interval (null: of one unit), or null; a tie is half a win:
 
     pictures                                per own contestant
     axes.<axis>                             the metrics that speak for it
@@ -245,7 +246,10 @@ def rewrites(run, cfg, prompts, folder):
 
 
 def fill(name, pictures, micro_batch, make):
-    """make(rows) -> images (b,3,H,W) of those [Picture] that are not on disk: a killed bench goes on where it was"""
+    """make(rows) -> images (b,3,H,W) of those [Picture] that are not on disk
+
+    So a killed bench goes on where it was.
+    """
     todo = [i for i, picture in enumerate(pictures) if not picture.file.exists()]
     for start in tqdm(range(0, len(todo), micro_batch), desc=name):
         rows = todo[start : start + micro_batch]

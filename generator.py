@@ -320,7 +320,7 @@ class Generator:
             self.transformer.to("cpu")
 
     def at_work(self):
-        """Inside, the transformer is on the device; under offload it comes from the CPU and goes back there."""
+        """Inside, the transformer is on the device, where under offload it stays no longer."""
         return on_device(self.transformer, self.device)
 
     # ------------------------------------------------ LoRA
@@ -424,8 +424,8 @@ class Generator:
         Steps in `window`, a range, are stochastic and recorded, all others Euler; or the finished latents are
         kept, to be noised again to `times`, places in the config's grid. prompts: B texts. keys: B tuples for
         `rng`, such as ("picture", seed, iteration, prompt, sample); noise depends on nothing else, so a batch
-        may be split in any way. images: (B,3,H,W) in [0,1] on the CPU, in the pipeline's dtype: in bf16 504 of
-        1024 px are 3 GB.
+        may be split in any way. images: (B,3,H,W) in [0,1] on the CPU, in the pipeline's dtype: in bf16
+        504 of 1024 px take 3 GB.
         """
         num_steps = num_steps or self.cfg.num_steps
         encode = EncodeOnce(self.pipe, prompts, self.encoders, self.micro_batch)
@@ -497,7 +497,7 @@ class Generator:
     # ------------------------------------------------ what GRPO asks of a policy
 
     def places(self, chance):
-        """What of an iteration's pictures is trained on, drawn by a numpy generator: arguments of `rollout`"""
+        """What an iteration trains on, drawn by a numpy generator: arguments of `rollout`"""
         cfg = self.cfg
         if cfg.log_prob == "path":
             return {"window": draw_window(cfg.draw_steps, cfg.window, cfg.last_start, chance)}

@@ -498,8 +498,8 @@ class Run:
     def evaluate(self, stage):
         """A look at the validation prompts: Euler steps, EMA weights, the same noise each time
 
-        -> figures, images (P*M, 3, H, W) uint8. score = mean of the validation detectors - KID; reward = that of
-        training, by weight.
+        -> figures, images (P*M, 3, H, W) uint8. score = mean of the validation detectors - KID; reward = that
+        of training, by weight.
         """
         seed = self.cfg.seed
         P = len(self.validation_prompts)

@@ -148,7 +148,7 @@ class Learner:
         self.replay = []  # [(ticket, picture)] by ticket
 
     def step(self, images, prompts, mean, iteration):
-        """Pictures (B,3,H,W) uint8 of a training step, B > 1, and their mean reward -> metrics of an update or None
+        """Pictures (B,3,H,W) uint8 of a step, B > 1, and their mean reward -> metrics of an update or None
 
         What is learnt judges the next step, not this one: in a group, pictures that a detector just trained
         on would stand below those that were held back.
