@@ -10,8 +10,8 @@ all, Euler sampling. Every picture, a photograph too, becomes one JPEG of one si
 named by what made it (LoRA, config, text, noise): nothing is drawn twice, no two models share a picture, and
 detectors, judges and people see the same pixels. Detector-Scoring asks every reward and held-out measure.
 Arena-Scoring asks a judge which of two pictures is better on each axis (realism, detail, aesthetics), in both
-orders: an answer that changes with the order is a tie. A model's answers stand in <out>/bench/judgements.jsonl,
-and only what is open is asked.
+orders: an answer that changes with the order is a tie. A model's answers stand in
+<out>/bench/judgements.jsonl, and only what is open is asked.
 
 <out>/bench/<contestant>.jsonl lists the pictures. <out>/bench.json, in which v = {"mean", "low", "high"}, a 95%
 interval (null: of one unit), or null; a tie is half a win:
@@ -30,8 +30,8 @@ interval (null: of one unit), or null; a tie is half a win:
                                              "rating": {contestant: v}}
     selftest.<distortion>.<measure>         {"levels": [untouched, weak, middle, strong], "below", "ordered"}
 
-Metrics: each training reward (`alignment` is against the user's prompt), each held-out one, `reward` (training
-rewards by weight), `heldout` (mean of the held-out metrics of realism), and KID to the photographs, lower is
+Metrics: each training reward (`alignment` is against the user's prompt), each held-out one, `reward`
+(training rewards by weight), `heldout` (mean of the held-out metrics of realism), and KID to the photographs, lower is
 better: `kid`, and `kid_<name>` on the features of a held-out reward that has them. position_bias: share of
 answers that name the first picture, 0.5 is none.
 
@@ -187,7 +187,7 @@ def kid_draws(kernels):
 
 
 def bradley_terry(wins):
-    """wins (..., n, n), how often i beat j, ties as half -> ratings (..., n), 400 log10 of the odds; mean 1000
+    """wins (..., n, n), how often i beat j, ties as half -> ratings (..., n), 400 log10 of odds; mean 1000
 
     Hunter's MM iteration (2004). One tie is added to each pair: who won or lost everything stays finite.
     """
@@ -261,8 +261,8 @@ def fill(name, pictures, micro_batch, make):
 def draw(run, cfg, name, weights, prompts, texts, folder):
     """texts P*M, prompt-major -> [Picture] of one contestant
 
-    Picture m of prompt p starts from the same noise in every contestant, whatever the run's seed. weights: the
-    LoRA's hash, "" for none.
+    Picture m of prompt p starts from the same noise in every contestant, whatever the run's seed. weights:
+    the LoRA's hash, "" for none.
     """
     made_by = weights, asdict(cfg.generator), cfg.dtype
     keys = []
@@ -360,7 +360,7 @@ def list_pictures(contestants, folder):
 
 
 def over(run, cfg, pictures, function):
-    """function(images (b,3,H,W), texts) -> b rows, over all [Picture], a micro-batch at a time -> {name: row}"""
+    """function(images (b,3,H,W), texts) -> b rows, over all [Picture] in micro-batches -> {name: row}"""
     rows = {}
     for start in range(0, len(pictures), cfg.micro_batch):
         chunk = pictures[start : start + cfg.micro_batch]
@@ -460,13 +460,14 @@ def add_kid(result, metric, contestants, features):
 # ---------------------------------------------------------------- the judge
 
 # what RealBench's judges are told to look for, one question an axis; words of our own
-PAIR = """You are shown two pictures. Compare them three times. realism: which one is more likely an unedited \
-photograph? Look for what cameras do not do: anatomy and faces (hands, eyes, teeth, skin like wax), repetition \
-(copied details, texture that repeats), lighting (shadows and reflections that disagree), edges (halos, outlines \
-that melt into each other) and colour (casts, saturation no lens would give); beauty does not count. detail: \
-which one has more true fine structure, such as skin, hair, leaves or cloth? Noise, blocks and patterns are not \
-structure. aesthetics: which one pleases more, by light, colour and composition? The subject never counts. \
-Reply with JSON only: {"realism": ..., "detail": ..., "aesthetics": ...}, each "first", "second" or "tie"."""
+PAIR = """You are shown two pictures. Compare them three times. realism: which one is more likely an \
+unedited photograph? Look for what cameras do not do: anatomy and faces (hands, eyes, teeth, skin like \
+wax), repetition (copied details, texture that repeats), lighting (shadows and reflections that \
+disagree), edges (halos, outlines that melt into each other) and colour (casts, saturation no lens would \
+give); beauty does not count. detail: which one has more true fine structure, such as skin, hair, leaves \
+or cloth? Noise, blocks and patterns are not structure. aesthetics: which one pleases more, by light, \
+colour and composition? The subject never counts. Reply with JSON only: {"realism": ..., "detail": ..., \
+"aesthetics": ...}, each "first", "second" or "tie"."""
 # what an answer is worth to the first picture
 POINTS = {"first": 1.0, "tie": 0.5, "second": 0.0}
 
@@ -626,7 +627,7 @@ class Judge:
 
 
 def deal(photographs, prompts):
-    """Every photograph to one prompt, evenly: to the one whose words its caption shares most, while it has room
+    """Every photograph to one prompt, evenly: to that whose words its caption shares most, while it has room
 
     -> per prompt its Pictures. So every photograph meets someone, and a prompt that is left out takes its
     photographs along: none counts twice.
@@ -843,7 +844,7 @@ def spoil(picture, distortion, strength):
 
 
 def ordered(levels):
-    """A measure's four levels, from untouched to strong, which should fall each time -> a row of `selftest`"""
+    """A measure's four levels, from untouched to strong, which should fall -> a row of `selftest`"""
     return {
         "levels": [float(level) for level in levels],
         "below": bool(max(levels[1:]) < levels[0]),
@@ -854,8 +855,8 @@ def ordered(levels):
 def selftest(cfg, judge, photographs, look):
     """Spoiled photographs must rank below untouched ones, more spoiled below less -> selftest of bench.json
 
-    A measure that does not see this is no measure. Of each metric the mean, of the arena the ratings of the four
-    levels. look([Picture]) -> {name: {metric: number}}
+    A measure that does not see this is no measure. Of each metric the mean, of the arena the ratings of the
+    four levels. look([Picture]) -> {name: {metric: number}}
     """
     photographs = photographs[: cfg.bench.pairs]
     metrics = [metric for metrics in cfg.bench.axes.values() for metric in metrics]
@@ -911,7 +912,7 @@ def cell(value):
 
 
 def markdown(result):
-    """bench.json -> bench.md: a value's last two keys are row and column of a table, those before them its title"""
+    """bench.json -> bench.md: a value's last two keys are a table's row and column, those before its title"""
     tables = defaultdict(lambda: defaultdict(dict))
     for path, value in leaves(result):
         tables[path[:-2] or path[:1]][path[-2:-1]][path[-1]] = cell(value)
