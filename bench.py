@@ -13,8 +13,8 @@ Arena-Scoring asks a judge which of two pictures is better on each axis (realism
 orders: an answer that changes with the order is a tie. A model's answers stand in
 <out>/bench/judgements.jsonl, and only what is open is asked.
 
-<out>/bench/<contestant>.jsonl lists the pictures. <out>/bench.json, in which v = {"mean", "low", "high"}, a 95%
-interval (null: of one unit), or null; a tie is half a win:
+<out>/bench/<contestant>.jsonl lists the pictures. <out>/bench.json, in which v = {"mean", "low", "high"}, a
+95% interval (null: of one unit), or null; a tie is half a win:
 
     pictures                                per own contestant
     axes.<axis>                             the metrics that speak for it
@@ -31,13 +31,13 @@ interval (null: of one unit), or null; a tie is half a win:
     selftest.<distortion>.<measure>         {"levels": [untouched, weak, middle, strong], "below", "ordered"}
 
 Metrics: each training reward (`alignment` is against the user's prompt), each held-out one, `reward`
-(training rewards by weight), `heldout` (mean of the held-out metrics of realism), and KID to the photographs, lower is
-better: `kid`, and `kid_<name>` on the features of a held-out reward that has them. position_bias: share of
-answers that name the first picture, 0.5 is none.
+(training rewards by weight), `heldout` (mean of the held-out metrics of realism), and KID to the
+photographs, lower is better: `kid`, and `kid_<name>` on the features of a held-out reward that has them.
+position_bias: share of answers that name the first picture, 0.5 is none.
 
-Intervals: pictures of one prompt are alike, so prompts are what is left out, one at a time (a jackknife, with
-Student's t); for photographs, pictures. tests/test_bench.py shows by simulation that those of
-means, differences, rates and KID cover; those of ratings were not simulated.
+Intervals: pictures of one prompt are alike, so prompts are what is left out, one at a time (a jackknife,
+with Student's t); for photographs, pictures. tests/test_bench.py shows by simulation that those of means,
+differences, rates and KID cover; those of ratings were not simulated.
 """
 
 import base64
