@@ -784,7 +784,7 @@ def short(error):
     return "exact" if error == 0 else f"{error:.0e}"
 
 
-def close(error, bound=1e-5):
+def close(error, bound=2e-5):
     return "same" if error < bound else f"differs by {error:.0e}"
 
 
