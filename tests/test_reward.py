@@ -283,6 +283,16 @@ def test_values_that_cannot_be_used_are_named(mine, name):
         R.score({name: make(mine(name))}, pictures(2), ["", ""])
 
 
+def test_a_reward_sees_f32_whatever_the_pipeline_draws():
+    """Pictures of a bf16 pipeline wait in bf16; a reward that a fork wrote need not know."""
+    seen = []
+    reward = lambda images, prompts: seen.append(images.dtype) or images.mean((1, 2, 3))
+    images = torch.rand(2, 3, 8, 8).bfloat16()
+    scores = R.score({"mine": reward}, images, ["a", "b"])["mine"]
+    assert seen == [torch.float32]
+    assert torch.equal(scores, images.float().mean((1, 2, 3)))
+
+
 def test_what_a_reward_writes_into_its_input_stays_with_it(mine):
     """The next one sees the same pictures and prompts."""
     images = pictures(2)
