@@ -62,7 +62,7 @@ from tqdm import tqdm
 
 import grpo
 import reward as R
-from common import ConfigError, bounded, check_folder, few, loading, rng
+from common import ConfigError, batches, bounded, check_folder, few, loading, rng
 from folder import peak_memory
 from rewards.vlm import Endpoint, NoAnswer, Vlm
 
@@ -251,8 +251,7 @@ def fill(name, pictures, micro_batch, make):
     So a killed bench goes on where it was.
     """
     todo = [i for i, picture in enumerate(pictures) if not picture.file.exists()]
-    for start in tqdm(range(0, len(todo), micro_batch), desc=name):
-        rows = todo[start : start + micro_batch]
+    for rows in tqdm(batches(todo, micro_batch), desc=name):
         for i, image in zip(rows, R.to_pil(make(rows))):
             write(pictures[i].file, in_codec(image))
     return pictures
@@ -362,8 +361,7 @@ def list_pictures(contestants, folder):
 def over(run, cfg, pictures, function):
     """function(images (b,3,H,W), texts) -> b rows, over all [Picture] in micro-batches -> {name: row}"""
     rows = {}
-    for start in range(0, len(pictures), cfg.micro_batch):
-        chunk = pictures[start : start + cfg.micro_batch]
+    for chunk in batches(pictures, cfg.micro_batch):
         images = torch.stack([R.read_image(picture.file) for picture in chunk])
         texts = [picture.text for picture in chunk]
         rows |= zip(

@@ -11,7 +11,6 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from safetensors.torch import load_file
 
 
 # ---------------------------------------------------------------- errors
@@ -90,6 +89,11 @@ def rng(use, *numbers):
     return np.random.default_rng([zlib.crc32(use.encode()), *numbers])
 
 
+def batches(items, size):
+    """A list, range or tensor, `size` at a time: a batch bounds memory, and changes no result."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
 # ---------------------------------------------------------------- weights
 
 
@@ -105,17 +109,6 @@ def check_folder(path, file):
         raise ConfigError(
             f"{path} is no folder; expected one of save_pretrained, or a Hub repository owner/name"
         )
-
-
-@contextmanager
-def on_device(model, device):
-    """Inside, a model is on the device; afterwards it is back where it was."""
-    home = next(model.parameters()).device
-    model.to(device)
-    try:
-        yield
-    finally:
-        model.to(home)
 
 
 def load_model(cls, path, **options):
@@ -158,23 +151,6 @@ def check_finite(path, tensors):
     ]
     if bad:
         raise ConfigError(f"{path}: not finite: {few(bad)}; expected whole weights")
-
-
-def check_adapter(file, expected):
-    """ConfigError unless an adapter's file holds just the `expected` {name: tensor}, all finite.
-
-    The libraries skip names that they do not know and leave what is missing as it was initialised.
-    """
-    with loading(file):
-        found = load_file(file)
-    wrong = set(found) ^ set(expected) or {
-        n for n, t in found.items() if t.shape != expected[n].shape
-    }
-    if wrong:
-        raise ConfigError(
-            f"{file}: not the LoRA of this model: {few(sorted(wrong))}; expected one that was saved for it"
-        )
-    check_finite(file, found)
 
 
 def few(names, most=4):

@@ -31,19 +31,18 @@ of a prompt share t and eps, or the luck of the noise would look like their meri
 import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.loaders import FluxLoraLoaderMixin
-from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from common import ConfigError, bounded, check_adapter, loading, on_device, rng, torch_seed
+from common import ConfigError, batches, bounded, rng
 from kernels import gaussian_log_prob, per_sample_mean, sde_log_ratio, velocity_kl
 from pipeline import EncodeOnce, call_pipeline, check_replay, encoders_on, load_pipeline
+from policy import Policy
 
 ATTENTION = [
     "to_q",
@@ -55,7 +54,6 @@ ATTENTION = [
     "add_v_proj",
     "to_add_out",
 ]
-LORA_FILE = "pytorch_lora_weights.safetensors"
 MLP = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
 
 
@@ -272,8 +270,12 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
 # ---------------------------------------------------------------- the pipeline is the policy
 
 
-class Generator:
+class Generator(Policy):
     """A diffusers pipeline with a LoRA: `rollout` draws and records, `terms` replays with gradients."""
+
+    name = "generator"
+    lora_file = "pytorch_lora_weights.safetensors"
+    prefix = "transformer"
 
     def __init__(
         self, cfg, device="cpu", dtype=torch.float32, micro_batch=32, offload=False, shard=None
@@ -286,13 +288,13 @@ class Generator:
         self.cfg = cfg
         self.device = torch.device(device)
         self.micro_batch = micro_batch
-        self.lora = {}
         self.pipe = load_pipeline(cfg, dtype)
-        self.transformer = self.pipe.transformer
+        self.model = self.pipe.transformer
+        self.lora_options = dict(init_lora_weights="gaussian", target_modules=cfg.lora_targets)
         parts = {n: p for n, p in self.pipe.components.items() if isinstance(p, torch.nn.Module)}
         for part in parts.values():  # what trains is the LoRA, which is added later
             part.requires_grad_(False).eval()
-        for part in self.transformer.modules():
+        for part in self.model.modules():
             # HiDream's experts, which have gradients in this mode alone
             if hasattr(part, "moe_infer"):
                 part.training = True
@@ -302,58 +304,30 @@ class Generator:
         for name in self.waiting:
             setattr(self.pipe, name, None)
         if shard:  # before it moves to the device, which may not hold the whole
-            shard(self.transformer, self.device.type)
+            shard(self.model, self.device.type)
         self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.scheduler = PolicyScheduler.from_config(self.pipe.scheduler.config)
         self.pipe.scheduler = self.scheduler
         if cfg.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
+            self.model.enable_gradient_checkpointing()
         # on a CPU it takes longer than a short run gains
         if cfg.compile and self.device.type == "cuda":
-            self.transformer.compile_repeated_blocks()
+            self.model.compile_repeated_blocks()
         if cfg.height * cfg.width > 256**2 and hasattr(self.pipe.vae, "enable_slicing"):
             # decodes one picture at a time: at 1024 px a batch would not fit
             self.pipe.vae.enable_slicing()
         self.grid = check_replay(self)  # num_steps + 1 times
         if offload and not shard:
-            self.transformer.to("cpu")
-
-    def at_work(self):
-        """Inside, the transformer is on the device, where under offload it stays no longer."""
-        return on_device(self.transformer, self.device)
+            self.model.to("cpu")
 
     # ------------------------------------------------ LoRA
 
-    def add_lora(self, seed=0):
-        """A new LoRA, f32, with an EMA copy: down gaussian, up zero, so that nothing changes yet"""
-        config = LoraConfig(
-            r=self.cfg.lora_rank,
-            lora_alpha=self.cfg.lora_alpha,
-            init_lora_weights="gaussian",
-            target_modules=self.cfg.lora_targets,
-        )
-        with torch.random.fork_rng(devices=[]), loading("generator.lora_targets"):
-            torch.manual_seed(torch_seed("generator lora", seed))
-            self.transformer.add_adapter(config)
-        self._adopt_lora()
+    def read(self, folder):
+        self.model.load_lora_adapter(folder, weight_name=self.lora_file, adapter_name="default")
 
-    def load(self, folder):
-        """The LoRA that `save` wrote, to draw with or to train further"""
-        with loading(folder):
-            self.transformer.load_lora_adapter(
-                str(folder), weight_name=LORA_FILE, adapter_name="default"
-            )
-            found = get_peft_model_state_dict(self.transformer)
-        expected = {f"transformer.{name}": tensor for name, tensor in found.items()}
-        check_adapter(Path(folder) / LORA_FILE, expected)
-        self._adopt_lora()
-
-    def _adopt_lora(self):
-        self.lora = {n: p for n, p in self.transformer.named_parameters() if "lora_" in n}
-        for p in self.lora.values():
-            p.data = p.data.float()  # AdamW's steps of 1e-4 would vanish in bf16
-            p.requires_grad_(True)
+    def adopt(self):
+        super().adopt()
         self.ema = {n: p.detach().clone() for n, p in self.lora.items()}
         self.optimizer_steps = torch.zeros(())  # () optimizer steps so far
 
@@ -366,18 +340,13 @@ class Generator:
             # of any pipeline: the file is the same, and not every pipeline can write one
             FluxLoraLoaderMixin.save_lora_weights(
                 str(folder),
-                transformer_lora_layers=get_peft_model_state_dict(self.transformer),
-                transformer_lora_adapter_metadata=self.transformer.peft_config["default"].to_dict(),
+                transformer_lora_layers=get_peft_model_state_dict(self.model),
+                transformer_lora_adapter_metadata=self.model.peft_config["default"].to_dict(),
             )
 
-    def parameters(self):
-        return list(self.lora.values())
-
     def state(self):
-        """{name: tensor} of all that training changes, by reference"""
-        live = {f"lora.{name}": p.detach() for name, p in self.lora.items()}
         average = {f"ema.{name}": p for name, p in self.ema.items()}
-        return live | average | {"optimizer_steps": self.optimizer_steps}
+        return super().state() | average | {"optimizer_steps": self.optimizer_steps}
 
     @torch.no_grad()
     def update_ema(self):
@@ -401,15 +370,6 @@ class Generator:
             for name, p in self.lora.items():
                 p.data.copy_(live[name])
 
-    @contextmanager
-    def reference(self):
-        """Inside, the LoRA is off: the reference policy, with no second copy of the weights"""
-        self.transformer.disable_adapters()
-        try:
-            yield
-        finally:
-            self.transformer.enable_adapters()
-
     # ------------------------------------------------ drawing
 
     @contextmanager
@@ -432,8 +392,7 @@ class Generator:
         images = []
         finished = []
         steps = []
-        for first in range(0, len(prompts), self.micro_batch):
-            rows = range(first, min(first + self.micro_batch, len(prompts)))
+        for rows in batches(range(len(prompts)), self.micro_batch):
             image = self.draw(encode, rows, keys, window, num_steps)  # (b, 3, H, W)
             images.append(image.clamp(0, 1).cpu())
             finished.append(self.scheduler.latest)
@@ -517,11 +476,9 @@ class Generator:
         if self.cfg.log_prob == "path":
             return
         for step in record.steps:
-            for first in range(0, len(rows), self.micro_batch):
-                batch = rows[first : first + self.micro_batch]
-                x, target = step.at(batch)  # (b, ...)
-                v = self.replay(record, step.index, x, batch)  # (b, ...)
-                step.old_log_probs |= dict(zip(batch, elbo(v, target)))
+            x, target = step.at(rows)  # (b, ...)
+            v = self.replay(record, step.index, x, rows)  # (b, ...)
+            step.old_log_probs |= dict(zip(rows, elbo(v, target)))
 
     def terms(self, record, rows):
         """One step or time after another -> log_ratio (b, 1) with grad, kl (b, 1), scale, weight, figures"""

@@ -51,7 +51,7 @@ from omegaconf import OmegaConf
 from torch.utils._pytree import tree_map
 
 import ranks
-from common import ConfigError, bounded, check_bounds, loading, rng, torch_seed
+from common import ConfigError, batches, bounded, check_bounds, loading, rng, torch_seed
 from folder import Log, checkpoints, load_checkpoint, lock, save_checkpoint
 from generator import Generator, GeneratorConfig
 from learner import Learner, Photographs, UpdateConfig
@@ -219,11 +219,10 @@ def advantages(scores, weights, groups):
 
 def extremes(advantage, k):
     """(groups, G) -> bool: the k worst and k best of each group, whose |A| is largest; all where k is 0"""
-    if k == 0:
-        return torch.ones_like(advantage, dtype=torch.bool)
-    order = advantage.argsort(1)  # (groups, G)
-    trained = torch.zeros_like(advantage, dtype=torch.bool)
-    return trained.scatter(1, order[:, :k], True).scatter(1, order[:, -k:], True)
+    G = advantage.shape[1]
+    k = k or G
+    rank = advantage.argsort(1).argsort(1)  # (groups, G), 0 for the worst
+    return (rank < k) | (rank >= G - k)
 
 
 def clipped_loss(log_ratio, advantage, low, high):
@@ -450,23 +449,18 @@ class Run:
         parts = [part.tolist() for part in trained.chunk(updates)]
         advantage = advantage.flatten()[:, None].to(self.device)  # (p*G, 1)
         # the first part needs no old log-probs: when it is trained, the policy is the one that drew it
-        policy.remember(record, sum(parts[1:], []))
+        for rows in batches(sum(parts[1:], []), self.cfg.micro_batch):
+            policy.remember(record, rows)
         figures = defaultdict(float)
         norm = 0.0
         for part in parts:
             count = ranks.total(policy.count(record, part))
-            for first in range(0, len(part), self.cfg.micro_batch):
-                rows = part[first : first + self.cfg.micro_batch]
+            for rows in batches(part, self.cfg.micro_batch):
                 for log_ratio, kl, scale, weight, more in policy.terms(record, rows):  # (b, L)
                     A = scale * advantage[rows]  # (b, 1)
                     loss, clipped = clipped_loss(log_ratio, A, *policy.clip())
                     loss = loss + policy.cfg.beta * kl
-                    terms = {
-                        "loss": loss,
-                        "kl": kl,
-                        "clip_fraction": clipped.float(),
-                        **more,
-                    }
+                    terms = {"loss": loss, "kl": kl, "clip_fraction": clipped.float(), **more}
                     sums = {key: (term * weight).sum() / count for key, term in terms.items()}
                     # here: the graph of one step at a time is all that is kept
                     sums["loss"].backward()

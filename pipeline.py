@@ -15,7 +15,15 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
-from common import ConfigError, check_folder, check_tokenizer, load_model, loading, quantized
+from common import (
+    ConfigError,
+    batches,
+    check_folder,
+    check_tokenizer,
+    load_model,
+    loading,
+    quantized,
+)
 
 
 # arguments of the call that are not generator.call's to set
@@ -179,8 +187,7 @@ class EncodeOnce:
             two = call(EXAMPLES[:2])
             three = call(EXAMPLES)
             # micro_batch bounds the memory of a large text encoder as it does that of the transformer
-            starts = range(0, len(texts), self.micro_batch)
-            parts = [call(texts[i : i + self.micro_batch]) for i in starts]
+            parts = [call(batch) for batch in batches(texts, self.micro_batch)]
             try:
                 result = along_batch(join, parts, two, three)
             # each part is as long as its longest text: only together are they padded alike

@@ -15,30 +15,26 @@ completion tokens, B rewrites:
 """
 
 import re
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import (
     ConfigError,
+    batches,
     bounded,
-    check_adapter,
     check_folder,
     check_tokenizer,
     load_model,
     loading,
-    on_device,
     quantized,
     rng,
-    torch_seed,
 )
 from kernels import token_log_probs
+from policy import Policy
 
 CUES = ["raw photo", "film grain", "35mm film", "unedited", "phone", "camera", "IMG_", "DSC_"]
 SYSTEM_PROMPT = (
@@ -142,8 +138,13 @@ def sample_by_row(rngs, temperature):
 # ---------------------------------------------------------------- the policy
 
 
-class Refiner:
+class Refiner(Policy):
     """A chat LLM with a LoRA: `rollout` samples rewrites, `terms` scores their tokens with gradients."""
+
+    name = "refiner"
+    lora_file = "adapter_model.safetensors"
+    prefix = "base_model.model"
+    lora_options = dict(target_modules="all-linear", task_type="CAUSAL_LM")  # all but the head
 
     def __init__(
         self, cfg, device="cpu", dtype=torch.float32, micro_batch=64, offload=False, generator=None
@@ -153,24 +154,23 @@ class Refiner:
         self.device = torch.device(device)
         self.micro_batch = micro_batch
         if cfg.model == "text_encoder":  # one set of weights, with the LoRA where it writes
-            self.base = generator.text_encoder
+            self.model = generator.text_encoder
             self.tokenizer = generator.pipe.tokenizer
             generator.without_lora = self.reference
-            if self.base.get_output_embeddings() is None:
+            if self.model.get_output_embeddings() is None:
                 raise ConfigError(
-                    f"refiner.model: text_encoder is a {type(self.base).__name__}; expected one that "
+                    f"refiner.model: text_encoder is a {type(self.model).__name__}; expected one that "
                     "writes, such as FLUX.2-klein's Qwen3ForCausalLM"
                 )
         else:
             self.load_model(dtype)
-            self.base.to("cpu" if offload else device)
+            self.model.to("cpu" if offload else device)
         # one that is not instruction-tuned has no template
         with loading(f"refiner: chat template of {cfg.model}"):
             chat(self.tokenizer, ["a photo"], cfg.system_prompt, cfg.examples)
         # Llama's has none; the mask hides whatever stands there
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model = self.base  # a LoRA is written into the base, and the model is what wraps it
         with self.at_work():
             self.check_head()
 
@@ -181,12 +181,8 @@ class Refiner:
             self.tokenizer = AutoTokenizer.from_pretrained(self.cfg.model)
         check_tokenizer(self.cfg.model, self.tokenizer)
         options = quantized(self.cfg.quantize, AutoModelForCausalLM, dtype)
-        self.base = load_model(AutoModelForCausalLM, self.cfg.model, dtype=dtype, **options)
-        self.base.requires_grad_(False).eval()
-
-    def at_work(self):
-        """Inside, it is on the device; under offload it comes from the CPU and goes back there."""
-        return on_device(self.base, self.device)
+        self.model = load_model(AutoModelForCausalLM, self.cfg.model, dtype=dtype, **options)
+        self.model.requires_grad_(False).eval()
 
     @torch.no_grad()
     def check_head(self):
@@ -194,49 +190,22 @@ class Refiner:
         ids = torch.arange(2, device=self.device)[None]  # (1, 2)
         hidden, weight = self.hidden(ids, torch.ones_like(ids))
         if not torch.allclose(
-            self.base(input_ids=ids).logits, hidden @ weight.T, rtol=0.02, atol=0.02
+            self.model(input_ids=ids).logits, hidden @ weight.T, rtol=0.02, atol=0.02
         ):
             raise ConfigError(
                 f"refiner.model: {self.cfg.model} has a head that is more than one matrix (a bias, a scale "
                 "or a soft cap); expected a model such as Qwen3, Llama or SmolLM"
             )
 
-    def add_lora(self, seed=0):
-        """A new LoRA, f32, on every linear layer but the head: up zero, so that nothing changes yet"""
-        config = LoraConfig(
-            r=self.cfg.lora_rank,
-            lora_alpha=self.cfg.lora_alpha,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(torch_seed("refiner lora", seed))
-            self.model = get_peft_model(self.base, config)
-
-    def load(self, folder):
-        """The adapter that `save` wrote"""
-        with loading(folder):
-            self.model = PeftModel.from_pretrained(self.base, str(folder), is_trainable=True)
-            expected = get_peft_model_state_dict(self.model)
-        check_adapter(Path(folder) / "adapter_model.safetensors", expected)
+    def read(self, folder):
+        self.model.load_adapter(folder)
 
     def save(self, folder):
         """As `PeftModel.from_pretrained(model, folder)` reads it"""
         self.model.save_pretrained(str(folder))
 
-    def parameters(self):
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-    def state(self):
-        """{name: tensor} of all that training changes, by reference"""
-        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
-
     def update_ema(self):
         """It has none: rewrites are sampled with the weights that learn."""
-
-    def reference(self):
-        """A context, inside which the LoRA is off"""
-        return nullcontext() if self.model is self.base else self.model.disable_adapter()
 
     # ------------------------------------------------ sampling
 
@@ -281,13 +250,12 @@ class Refiner:
     def generate(self, ids, attention, rngs, temperature):
         """Chats (B, K) -> completions (B, L), one micro-batch at a time, padded behind their end tokens"""
         parts = []
-        for first in range(0, len(ids), self.micro_batch):
-            rows = slice(first, first + self.micro_batch)
+        for rows in batches(range(len(ids)), self.micro_batch):
             whole = self.model.generate(
                 input_ids=ids[rows],
                 attention_mask=attention[rows],
                 do_sample=False,  # sample_by_row has drawn
-                logits_processor=[sample_by_row(rngs[rows], temperature)],
+                logits_processor=[sample_by_row([rngs[row] for row in rows], temperature)],
                 repetition_penalty=1.0,  # some models bring another, which log_probs would not know
                 max_new_tokens=self.cfg.max_new_tokens,
                 pad_token_id=self.tokenizer.pad_token_id,
@@ -317,13 +285,13 @@ class Refiner:
     def hidden(self, ids, attention):
         """ids, attention (b, K) -> what the head reads (b, K, D), and the head's weight (V, D)"""
         positions = (attention.cumsum(1) - 1).clamp(min=0)  # left padding must not shift positions
-        states = self.base.base_model(
+        states = self.model.base_model(
             input_ids=ids,
             attention_mask=attention,
             position_ids=positions,
             use_cache=False,
         )
-        return states.last_hidden_state, self.base.get_output_embeddings().weight
+        return states.last_hidden_state, self.model.get_output_embeddings().weight
 
     # ------------------------------------------------ what GRPO asks of a policy
 
@@ -338,9 +306,7 @@ class Refiner:
     @torch.no_grad()
     def remember(self, record, rows):
         """Old log-probs of rows that an earlier update changes. The first needs none: its ratio is 1."""
-        for first in range(0, len(rows), self.micro_batch):
-            batch = rows[first : first + self.micro_batch]
-            record.old_log_probs |= dict(zip(batch, self.log_probs(record, batch)[0]))
+        record.old_log_probs |= dict(zip(rows, self.log_probs(record, rows)[0]))
 
     def terms(self, record, rows):
         """-> log_ratio (b, K+L) with grad, kl, scale, weight (zero outside the mask), {"entropy"}"""

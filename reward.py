@@ -34,7 +34,7 @@ from PIL import Image, ImageOps
 from transformers import AutoModelForImageClassification, AutoTokenizer, CLIPModel
 from transformers.image_processing_base import ImageProcessingMixin
 
-from common import ConfigError, bounded, check_folder, few, load_model, loading
+from common import ConfigError, batches, bounded, check_folder, few, load_model, loading
 
 REAL_LABELS = ["real", "photo", "photograph", "human", "natural", "authentic"]
 
@@ -390,8 +390,7 @@ def score(rewards, images, prompts, micro_batch=64, visit=None):
     for name, reward in rewards.items():
         parts = []
         with visiting(reward, visit):
-            for first in range(0, len(images), micro_batch):
-                rows = slice(first, first + micro_batch)
-                parts.append(score_batch(name, reward, images[rows], prompts[rows]))
+            for x, texts in zip(batches(images, micro_batch), batches(prompts, micro_batch)):
+                parts.append(score_batch(name, reward, x, texts))  # (b,)
         scores[name] = torch.cat(parts)  # (B,)
     return scores

@@ -47,7 +47,7 @@ def walk(cfg):
     rows = [flat(run.step(cfg.stages[0], iteration)) for iteration in range(2)]
     look, images = run.evaluate(cfg.stages[0])
     held = sum(
-        getattr(p, "_local_tensor", p).numel() for p in run.generator.transformer.parameters()
+        getattr(p, "_local_tensor", p).numel() for p in run.generator.model.parameters()
     )
     return {"rows": [*rows, look], "state": run.state(), "images": images, "held": held}
 

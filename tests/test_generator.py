@@ -116,7 +116,7 @@ def test_the_first_pass_has_a_ratio_of_1(tiny_generator, dtype):
         for log_ratio, *_ in gen.terms(record, ROWS):
             assert torch.equal(log_ratio.exp(), torch.ones(4, 1))
             log_ratio.sum().backward()
-    named = gen.transformer.named_parameters()
+    named = gen.model.named_parameters()
     assert [n for n, p in named if p.grad is not None] == list(gen.lora)
     for p in gen.parameters():
         assert p.grad.dtype == torch.float32 and p.grad.any()
@@ -159,7 +159,7 @@ def test_branches_share_what_comes_before_the_window(tiny_generator):
     def count(module, args, options):
         sizes.append(len(options["hidden_states"]))
 
-    gen.transformer.register_forward_pre_hook(count, with_kwargs=True)
+    gen.model.register_forward_pre_hook(count, with_kwargs=True)
     whole, record = gen.rollout(cats, keys, range(2, 4))
     assert sizes == [2, 2, 6, 6, 6]  # of 5 steps
     x, x_next = record.steps[0].x, record.steps[0].x_next  # (B, ...)

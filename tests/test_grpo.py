@@ -17,9 +17,11 @@ from torch.testing import assert_close
 import bench
 import generator
 import grpo
+import policy
 import refiner
-from common import on_device, rng
+from common import rng
 from learner import UpdateConfig
+from policy import on_device
 from reward import RewardConfig
 
 PATHS = [*ROOT.glob("*.py"), *ROOT.glob("rewards/*.py")]
@@ -177,7 +179,7 @@ def test_a_bug_keeps_its_traceback(config, monkeypatch):
 
 STOREYS = [
     "common",
-    "kernels ranks pipeline",
+    "kernels ranks pipeline policy",
     "generator refiner reward folder plots",
     "learner vlm omniaid naturalness",
     "grpo",
@@ -279,7 +281,7 @@ def test_a_step_moves_only_the_lora_of_what_the_stage_trains(config, stage):
     """Base weights never move, nor does the LoRA of a frozen policy."""
     cfg = config(stage=stage)
     run = grpo.Run(cfg)
-    models = {"refiner": run.refiner.model, "generator": run.generator.transformer}
+    models = {"refiner": run.refiner.model, "generator": run.generator.model}
     models = torch.nn.ModuleDict(models)
     before = {name: p.clone() for name, p in models.named_parameters()}
     rows = [run.step(cfg.stages[0], iteration) for iteration in range(2)]
@@ -336,7 +338,7 @@ def test_gradients_do_not_depend_on_the_micro_batch(config, monkeypatch, log_pro
         words += [f"micro_batch={micro_batch}", f"generator.gradient_checkpointing={again}"]
         cfg = config(*words, stage=JOINT)
         run = grpo.Run(cfg)
-        assert run.generator.transformer.is_gradient_checkpointing == again
+        assert run.generator.model.is_gradient_checkpointing == again
         run.step(cfg.stages[0], 0)
     for whole, split in zip(kept[:2], kept[2:]):
         assert whole.norm() > 0
@@ -374,22 +376,21 @@ def test_a_policy_is_on_the_device_while_it_works_and_at_no_other_time(config, m
         yield
         here.pop()
 
-    def needs(kind, name, part):
+    def needs(kind, name):
         stock = getattr(kind, name)
 
         def method(self, *args, **kwargs):
-            assert here == [getattr(self, part)]
+            assert here == [self.model]
             return stock(self, *args, **kwargs)
 
         monkeypatch.setattr(kind, name, method)
 
     cfg = config("offload=true", "updates=2", stage=JOINT)
     run = grpo.Run(cfg)
-    for module in (generator, refiner):
-        monkeypatch.setattr(module, "on_device", at_work)
+    monkeypatch.setattr(policy, "on_device", at_work)
     for name in ("rollout", "remember", "terms", "update_ema"):
-        needs(generator.Generator, name, "transformer")
-        needs(refiner.Refiner, name, "base")
+        needs(generator.Generator, name)
+        needs(refiner.Refiner, name)
     run.step(cfg.stages[0], 0)
     run.evaluate(cfg.stages[0])
     run.restore(run.state())
@@ -557,7 +558,7 @@ def test_a_text_encoder_that_writes_is_the_refiner(config, tmp_path):
         stage="train: joint, steps: 1, prompts: 2, images: 2, rewrites: 2",
     )
     run = grpo.Run(cfg)
-    assert run.refiner.base is run.generator.text_encoder
+    assert run.refiner.model is run.generator.text_encoder
     keys = [("test", 0), ("test", 1)]
     words = ["a cat", "a dog"]
 
