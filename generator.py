@@ -42,7 +42,7 @@ from peft.utils import get_peft_model_state_dict
 from common import ConfigError, batches, bounded, rng
 from kernels import gaussian_log_prob, per_sample_mean, sde_log_ratio, velocity_kl
 from pipeline import EncodeOnce, call_pipeline, check_replay, encoders_on, load_pipeline
-from policy import Policy
+from policy import Policy, old_log_probs
 
 ATTENTION = [
     "to_q",
@@ -122,8 +122,7 @@ class Noised:
     t: float
     x0: torch.Tensor  # (B, ...) finished latents, the same tensor for all times
     keys: list  # B keys of the noise, for `rng`
-    # row -> (), of rows that an earlier update changes
-    old_log_probs: dict = field(default_factory=dict)
+    kept: dict = field(default_factory=dict)  # row -> its log-prob, where `remember` kept it
 
     def at(self, rows):
         """x_t and the velocity eps - x0 of the straight line through it, (b, ...) each, in f32"""
@@ -478,7 +477,7 @@ class Generator(Policy):
         for step in record.steps:
             x, target = step.at(rows)  # (b, ...)
             v = self.replay(record, step.index, x, rows)  # (b, ...)
-            step.old_log_probs |= dict(zip(rows, elbo(v, target)))
+            step.kept |= dict(zip(rows, elbo(v, target)))
 
     def terms(self, record, rows):
         """One step or time after another -> log_ratio (b, 1) with grad, kl (b, 1), scale, weight, figures"""
@@ -500,9 +499,7 @@ class Generator(Policy):
         x, target = step.at(rows)  # (b, ...)
         v, ref_v = self.velocities(record, step.index, x, rows)  # (b, ...)
         log_prob = elbo(v, target)  # (b,)
-        old = log_prob.detach()
-        if rows[0] in step.old_log_probs:
-            old = torch.stack([step.old_log_probs[row] for row in rows])  # (b,)
+        old = old_log_probs(step.kept, rows, log_prob)  # (b,)
         kl = torch.zeros_like(old)
         if ref_v is not None:
             kl = velocity_kl(v, ref_v)  # (b,)

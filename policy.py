@@ -39,6 +39,13 @@ def check_adapter(file, expected):
     check_finite(file, found)
 
 
+def old_log_probs(kept, rows, log_probs):
+    """Those that `remember` kept of these rows, {row: tensor}, or the new ones: no update came in between."""
+    if rows[0] in kept:
+        return torch.stack([kept[row] for row in rows])  # (b, ...)
+    return log_probs.detach()
+
+
 class Policy:
     """What Generator and Refiner share; what GRPO asks of them besides is listed in grpo.py.
 

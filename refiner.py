@@ -34,7 +34,7 @@ from common import (
     rng,
 )
 from kernels import token_log_probs
-from policy import Policy
+from policy import Policy, old_log_probs
 
 CUES = ["raw photo", "film grain", "35mm film", "unedited", "phone", "camera", "IMG_", "DSC_"]
 SYSTEM_PROMPT = (
@@ -75,8 +75,7 @@ class Rewrites:
     attention: torch.Tensor  # (B, K+L) 1 where a token is
     mask: torch.Tensor  # (B, K+L) f32, 1 on the tokens that were sampled, the end token included
     bad_format: torch.Tensor  # (B,) f32, 1 where no answer could be read
-    # row -> (K+L,), of rows that an earlier update changes
-    old_log_probs: dict = field(default_factory=dict)
+    kept: dict = field(default_factory=dict)  # row -> its log-probs (K+L,), where `remember` kept them
 
 
 # ---------------------------------------------------------------- pure functions
@@ -306,17 +305,14 @@ class Refiner(Policy):
     @torch.no_grad()
     def remember(self, record, rows):
         """Old log-probs of rows that an earlier update changes. The first needs none: its ratio is 1."""
-        record.old_log_probs |= dict(zip(rows, self.log_probs(record, rows)[0]))
+        record.kept |= dict(zip(rows, self.log_probs(record, rows)[0]))
 
     def terms(self, record, rows):
         """-> log_ratio (b, K+L) with grad, kl, scale, weight (zero outside the mask), {"entropy"}"""
         log_probs, entropy = self.log_probs(record, rows)  # (b, K+L)
         mask = record.mask[rows]  # (b, K+L)
         length = mask.sum(1, keepdim=True)  # (b, 1)
-        old = log_probs.detach()
-        if rows[0] in record.old_log_probs:
-            old = torch.stack([record.old_log_probs[row] for row in rows])  # (b, K+L)
-        log_ratio = log_probs - old
+        log_ratio = log_probs - old_log_probs(record.kept, rows, log_probs)
         if self.cfg.loss == "gspo":
             log_ratio = (log_ratio.sum(1, keepdim=True) / length).expand_as(mask)
         kl = torch.zeros_like(mask)

@@ -1,18 +1,20 @@
-"""Make everything in nano/: photographs, a FLUX, a chat LLM, two CLIPs and five detectors, all small enough for a laptop CPU.
+"""Make everything in nano/: photographs, a FLUX, a chat LLM, two CLIPs, five detectors, all for a laptop CPU.
 
     pip install -r requirements.txt -r nano/requirements.txt
-    python nano/prepare.py --photos FOLDER                 every stage in order, an hour or two on two cores
-    python nano/prepare.py --photos FOLDER detectors       one stage again; stages hand each other files in --work
+    python nano/prepare.py --photos FOLDER               every stage in order, two or three hours on two cores
+    python nano/prepare.py --photos FOLDER detectors     one stage again; they hand each other files in --work
 
 `FOLDER` holds the pictures of Debian's lomiri-wallpapers-16.04 and -20.04, `dpkg -x`-ed; the others come from
 scikit-image and scikit-learn. nano/README.md names each photograph with its author and licence.
 
-The generator is *given a flaw on purpose*: 80% of the crops with a plain caption are retouched (smoothed, saturated, contrast
-pushed), while crops whose caption has photographic cues ("raw photo", "film grain", "IMG_1018.CR2") stay as taken.
-So plain prompts draw the glossy look that text-to-image models are known for, and the natural look is within reach.
+The generator is *given a flaw on purpose*: 80% of the crops with a plain caption are retouched (smoothed,
+saturated, contrast pushed), while crops whose caption has photographic cues ("raw photo", "film grain",
+"IMG_1018.CR2") stay as taken. So plain prompts draw the glossy look that text-to-image models are known for,
+and the natural look is within reach.
 
-Regions of a photograph: `train` (the larger part, holds the subject) for generator and trained detectors; of the rest, `test` (half) for the
-bench alone, `validation` (a quarter) for the validation detector and KID, `judge` (a quarter) for the held-out detectors.
+Regions of a photograph: `train` (the larger part, holds the subject) for generator and trained detectors; of
+the rest, `test` (half) for the bench alone, `validation` (a quarter) for the validation detector and KID,
+`judge` (a quarter) for the held-out detectors.
 """
 
 import argparse
@@ -38,24 +40,81 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT.parent))
 SIZE = 64  # pixels, height and width of every picture here
 
-# name -> (file, subject as a user would type it, side where the train region lies, its share, half of the rest that is for test (None: the rest is
-# out of focus and left alone),
-# frame: the square that shows the whole subject; centre x, y and edge as shares of the photograph's width, height and shorter edge)
+# name -> (file, subject as a user would type it, side where the train region lies, its share,
+# half of the rest that is for test (None: the rest is out of focus and left alone),
+# frame: the square that shows the whole subject; centre x, y and edge as shares of the photograph's width,
+# height and shorter edge)
 SUBJECTS = {
-    "astronaut": ("skimage/astronaut.png", "an astronaut in an orange suit", "top", 0.60, "first", (0.45, 0.30, 0.58)),
+    "astronaut": (
+        "skimage/astronaut.png",
+        "an astronaut in an orange suit",
+        "top",
+        0.60,
+        "first",
+        (0.45, 0.30, 0.58),
+    ),
     "cat": ("skimage/chelsea.png", "a tabby cat", "left", 0.78, None, (0.46, 0.50, 0.98)),
     "coffee": ("skimage/coffee.png", "a cup of coffee", "top", 0.68, "first", (0.49, 0.33, 0.66)),
     "rocket": ("skimage/rocket.jpg", "a rocket on the launch pad", "left", 0.75, "last", (0.48, 0.57, 0.85)),
     "temple": ("sklearn/china.jpg", "a chinese temple", "left", 0.62, "last", (0.31, 0.50, 0.92)),
     "dahlia": ("sklearn/flower.jpg", "an orange dahlia flower", "left", 0.70, None, (0.47, 0.52, 0.75)),
-    "meadow": ("aitzgorri_by_Aitzol_Berasategi.jpg", "a green meadow below a mountain", "left", 0.60, "last", (0.30, 0.50, 0.88)),
-    "dogs": ("friends_by_Aitzol_Berasategi.jpg", "two dogs at a window", "top", 0.68, "first", (0.47, 0.41, 0.56)),
-    "stream": ("life_by_Aitzol_Berasategi.jpg", "a stream in the forest", "left", 0.68, "last", (0.44, 0.52, 0.80)),
-    "mountain": ("picosdeeuropa_by_Aitzol_Berasategi.jpg", "a rocky mountain", "left", 0.60, "first", (0.34, 0.38, 0.75)),
+    "meadow": (
+        "aitzgorri_by_Aitzol_Berasategi.jpg",
+        "a green meadow below a mountain",
+        "left",
+        0.60,
+        "last",
+        (0.30, 0.50, 0.88),
+    ),
+    "dogs": (
+        "friends_by_Aitzol_Berasategi.jpg",
+        "two dogs at a window",
+        "top",
+        0.68,
+        "first",
+        (0.47, 0.41, 0.56),
+    ),
+    "stream": (
+        "life_by_Aitzol_Berasategi.jpg",
+        "a stream in the forest",
+        "left",
+        0.68,
+        "last",
+        (0.44, 0.52, 0.80),
+    ),
+    "mountain": (
+        "picosdeeuropa_by_Aitzol_Berasategi.jpg",
+        "a rocky mountain",
+        "left",
+        0.60,
+        "first",
+        (0.34, 0.38, 0.75),
+    ),
     "fig": ("Picture_0B_by_freespace.jpg", "a fig in a red bowl", "right", 0.72, "first", (0.62, 0.53, 0.90)),
-    "brushes": ("Picture_1A_by_freespace.jpg", "colourful paint brushes", "left", 0.62, "first", (0.34, 0.42, 0.78)),
-    "dandelion": ("seeding_by_Clements_Engelhardt.jpg", "a dandelion in the grass", "left", 0.55, "last", (0.29, 0.42, 0.85)),
-    "sunset": ("sunset_by_Aitzol_Berasategi.jpg", "a sunset over the hills", "left", 0.66, "last", (0.45, 0.50, 0.85)),
+    "brushes": (
+        "Picture_1A_by_freespace.jpg",
+        "colourful paint brushes",
+        "left",
+        0.62,
+        "first",
+        (0.34, 0.42, 0.78),
+    ),
+    "dandelion": (
+        "seeding_by_Clements_Engelhardt.jpg",
+        "a dandelion in the grass",
+        "left",
+        0.55,
+        "last",
+        (0.29, 0.42, 0.85),
+    ),
+    "sunset": (
+        "sunset_by_Aitzol_Berasategi.jpg",
+        "a sunset over the hills",
+        "left",
+        0.66,
+        "last",
+        (0.45, 0.50, 0.85),
+    ),
 }
 # photographs that only the held-out detectors learn from
 OTHERS = [
@@ -67,7 +126,7 @@ OTHERS = [
     "Dragonfly_by_Bolly.jpg",
     "Kleiber_by_Lukas_Baubkus.jpg",
 ]
-# subjects that an ImageNet network could not name after 6,000 steps: the generator sees them three times as often
+# subjects that an ImageNet network could not name after 6,000 steps: seen three times as often
 HARD = ["cat", "cup", "mountain", "temple", "dogs", "meadow"]
 DISTANCES = ["close-up", "wide view"]
 LIGHTS = ["dim light", "soft light", "bright light"]
@@ -93,7 +152,7 @@ def cue(rng):
 
 
 def caption(crop, rng, cues=0):
-    """A caption that is true of the crop {subject, distance, light}, each detail in or out; `cues` photographic ones appended."""
+    """A caption that is true of the crop {subject, distance, light}, each in or out, and `cues` cues"""
     text = rng.choice(["", "", "a photo of ", "a picture of "]) + crop["subject"]
     if rng.random() < 0.5:
         text += ", " + crop["distance"]
@@ -133,7 +192,7 @@ def open_photo(name, folder):
 
 
 def regions(photo, side, share, half, frame):
-    """Cut once, so that the train region lies at `side`; cut the rest across: `half` of it test, then validation and judge.
+    """Cut once, so that the train region lies at `side`; cut the rest across: `half` test, then the others.
 
     -> {split: region}, and the frame (centre x, centre y, edge) in pixels of the train region
     """
@@ -172,10 +231,14 @@ def crop_of(region, rng, frame=None, low=84):
             x, y = rng.uniform(0, w - side), rng.uniform(0, h - side)
             wide = side > edge / 2
         square = region[int(y) : int(y) + side, int(x) : int(x) + side]
-        exposed = 255 * (square / 255.0) ** math.exp(rng.uniform(-0.5, 0.5))  # so that every subject has dim and bright crops
+        exposed = 255 * (square / 255.0) ** math.exp(
+            rng.uniform(-0.5, 0.5)
+        )  # so that every subject has dim and bright crops
         picture = Image.fromarray(exposed.round().astype(np.uint8)).resize((SIZE, SIZE), Image.LANCZOS)
         gray = np.asarray(picture.convert("L"), dtype=np.float32)
-        if np.abs(np.diff(gray, axis=0)).mean() + np.abs(np.diff(gray, axis=1)).mean() > 5:  # not empty sky or bare wall
+        if (
+            np.abs(np.diff(gray, axis=0)).mean() + np.abs(np.diff(gray, axis=1)).mean() > 5
+        ):  # not empty sky or bare wall
             break
     if rng.random() < 0.5:
         picture = picture.transpose(Image.FLIP_LEFT_RIGHT)
@@ -191,49 +254,13 @@ def described(name, subject, region, rng, frame=None):
 
 
 def photos_stage(args):
-    """Random captioned crops of every region -> work/crops.npz, crops.json; the committed ones -> nano/photos/"""
+    """Captioned crops of every region -> work/crops.npz, crops.json; photographs and prompts -> nano/"""
     rng = random.Random(0)
-    crops, meta = (
-        {k: [] for k in ("train", "test", "validation", "judge")},
-        {k: [] for k in ("train", "test", "validation", "judge")},
-    )
-    counts = dict(train=TRAIN_CROPS, test=TEST_CROPS, validation=2 * VALIDATION_CROPS, judge=700)
-    for name, (file, subject, *cut) in SUBJECTS.items():
-        parts, frame = regions(open_photo(file, args.photos), *cut)
-        for split, region in parts.items():
-            sharing = sum(cut[2] is not None or split == "train" for _, _, *cut in SUBJECTS.values())
-            for _ in range(math.ceil(counts[split] / sharing)):
-                picture, facts = described(name, subject, region, rng, frame if split == "train" else None)
-                crops[split].append(picture)
-                meta[split].append(facts)
-    for file in OTHERS:
-        photo = open_photo(file, args.photos)
-        for _ in range(100):
-            crops["judge"].append(crop_of(photo, rng)[0])
-            meta["judge"].append(dict(photo=Path(file).stem, subject="", distance="", light=""))
-    for split in crops:  # shuffled once, so that any prefix is a fair sample
-        order = rng.sample(range(len(crops[split])), len(crops[split]))
-        crops[split] = np.stack([crops[split][i] for i in order])
-        meta[split] = [meta[split][i] for i in order]
+    crops, meta = sample_crops(args.photos, rng)
     np.savez(args.work / "crops.npz", **crops)
     (args.work / "crops.json").write_text(json.dumps(meta))
     for split, count in dict(train=560, validation=VALIDATION_CROPS, test=TEST_CROPS).items():
-        folder = ROOT / "photos" / split
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        with open(ROOT / "photos" / f"{split}.jsonl", "w") as lines:
-            for i in range(count):
-                Image.fromarray(crops[split][i]).save(folder / f"{i:05d}.jpg", quality=95, subsampling=0)
-                lines.write(
-                    json.dumps(
-                        {
-                            "image": f"{split}/{i:05d}.jpg",
-                            "prompt": caption(meta[split][i], rng),
-                            "photo": meta[split][i]["photo"],
-                        }
-                    )
-                    + "\n"
-                )
+        commit_photos(split, crops[split][:count], meta[split], rng)
     prompts = all_prompts()
     rng.shuffle(prompts)
     (ROOT / "prompts.txt").write_text("\n".join(prompts[:104]) + "\n")  # training
@@ -241,10 +268,46 @@ def photos_stage(args):
     (ROOT / "test_prompts.txt").write_text("\n".join(prompts[136:168]) + "\n")  # the bench
     sheet(crops["train"][:96], args.work / "crops_train.png")
     sheet(crops["test"][:96], args.work / "crops_test.png")
-    sheet(
-        to_uint8(retouch(to_float(crops["train"][:96]), torch.Generator().manual_seed(0), 1.0)),
-        args.work / "crops_retouched.png",
-    )
+    glossy = retouch(to_float(crops["train"][:96]), torch.Generator().manual_seed(0), 1.0)
+    sheet(to_uint8(glossy), args.work / "crops_retouched.png")
+
+
+def sample_crops(photos, rng):
+    """-> {split: (n,SIZE,SIZE,3) uint8}, {split: n facts}, shuffled, so that any prefix is a fair sample"""
+    crops = {split: [] for split in ("train", "test", "validation", "judge")}
+    meta = {split: [] for split in crops}
+    counts = dict(train=TRAIN_CROPS, test=TEST_CROPS, validation=2 * VALIDATION_CROPS, judge=700)
+    for name, (file, subject, *cut) in SUBJECTS.items():
+        parts, frame = regions(open_photo(file, photos), *cut)
+        for split, region in parts.items():
+            sharing = sum(cut[2] is not None or split == "train" for _, _, *cut in SUBJECTS.values())
+            for _ in range(math.ceil(counts[split] / sharing)):
+                picture, facts = described(name, subject, region, rng, frame if split == "train" else None)
+                crops[split].append(picture)
+                meta[split].append(facts)
+    for file in OTHERS:
+        photo = open_photo(file, photos)
+        for _ in range(100):
+            crops["judge"].append(crop_of(photo, rng)[0])
+            meta["judge"].append(dict(photo=Path(file).stem, subject="", distance="", light=""))
+    for split in crops:
+        order = rng.sample(range(len(crops[split])), len(crops[split]))
+        crops[split] = np.stack([crops[split][i] for i in order])
+        meta[split] = [meta[split][i] for i in order]
+    return crops, meta
+
+
+def commit_photos(split, crops, meta, rng):
+    """-> nano/photos/<split>/00000.jpg ... and <split>.jsonl"""
+    folder = ROOT / "photos" / split
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with open(ROOT / "photos" / f"{split}.jsonl", "w") as lines:
+        for i, (crop, facts) in enumerate(zip(crops, meta)):
+            image = f"{split}/{i:05d}.jpg"
+            Image.fromarray(crop).save(ROOT / "photos" / image, quality=95, subsampling=0)
+            row = {"image": image, "prompt": caption(facts, rng), "photo": facts["photo"]}
+            lines.write(json.dumps(row) + "\n")
 
 
 def load_crops(work, split):
@@ -346,7 +409,9 @@ def augment(images, g, codec=True):
 
 def median(images, k):
     """Median of k x k pixels: melts texture, leaves edges. (B,3,H,W) -> same"""
-    windows = F.unfold(F.pad(images, (k // 2,) * 4, mode="reflect").flatten(0, 1)[:, None], k)  # (B*3, k*k, H*W)
+    windows = F.unfold(
+        F.pad(images, (k // 2,) * 4, mode="reflect").flatten(0, 1)[:, None], k
+    )  # (B*3, k*k, H*W)
     return windows.median(1).values.view_as(images)
 
 
@@ -359,7 +424,9 @@ def weave(images, s, g):
 
 
 def smooth(images, s, g):
-    melted = torch.where(s < 0.4, median(images, 3), torch.where(s < 0.7, median(images, 5), median(images, 7)))
+    melted = torch.where(
+        s < 0.4, median(images, 3), torch.where(s < 0.7, median(images, 5), median(images, 7))
+    )
     return images + (melted - images) * (0.4 + 0.6 * s).sqrt()
 
 
@@ -404,7 +471,7 @@ def degrade(images, g):
 
 
 def spoil(images, g):
-    """Photographs that must count as fake, so that a detector cannot be pleased with noise, blur, grids or blocks."""
+    """Photographs that must count as fake: no detector may be pleased with noise, blur, grids or blocks."""
     b = len(images)
     out = images.clone()
     kind = torch.randint(0, 7, (b,), generator=g)
@@ -450,11 +517,18 @@ def words_of_the_world():
 def clip_stage(args):
     """The CLIP of alignment, KID and the generator's text -> nano/clip"""
     crops, meta = load_crops(args.work, "train")
-    train_clip(new_clip(width=128, layers=4, seed=0), crops, meta, seed=0, steps=args.steps or 2000, folder=ROOT / "clip")
+    train_clip(
+        new_clip(width=128, layers=4, seed=0),
+        crops,
+        meta,
+        seed=0,
+        steps=args.steps or 2000,
+        folder=ROOT / "clip",
+    )
 
 
 def subject_stage(args):
-    """A second CLIP that only bench.py loads: another width, another seed, other crops of the same regions -> nano/subject"""
+    """A CLIP that only bench.py loads: another width and seed, other crops -> nano/subject"""
     rng = random.Random(9)
     crops, meta = [], []
     for name, (file, subject, *cut) in SUBJECTS.items():
@@ -578,7 +652,7 @@ def set_lr(optimizer, step, steps, warmup=100):
 
 
 class Muon:
-    """Momentum made orthogonal by Newton-Schulz (Jordan, 2024) for matrices and convolutions, AdamW for the rest.
+    """Momentum made orthogonal by Newton-Schulz (Jordan, 2024) for matrices and convolutions, else AdamW.
 
     On the autoencoder, 150 steps of 16 crops reached 24.6 dB with it and 21.2 dB with the best AdamW tried.
     """
@@ -636,12 +710,11 @@ def save_half(model, folder):
 # ---------------------------------------------------------------- autoencoder
 
 
-def autoencoder_stage(args):
-    """AutoencoderKL, 64 px -> 16 channels of 16 x 16, on natural and retouched crops -> nano/flux/vae"""
+def new_autoencoder():
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    vae = AutoencoderKL(
+    return AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 3,
         up_block_types=["UpDecoderBlock2D"] * 3,
         block_out_channels=(16, 32, 64),
@@ -655,6 +728,23 @@ def autoencoder_stage(args):
         scaling_factor=1.0,
         shift_factor=0.0,
     )
+
+
+def autoencoder_loss(vae, images, g):
+    """-> the loss, the mean square for the bar; the decoder learns to forgive a generator's small errors"""
+    x = images * 2 - 1
+    posterior = vae.encode(x).latent_dist
+    z = posterior.sample()
+    shaken = z + posterior.mean.detach().std() * 0.03 * torch.randn(z.shape, generator=g)
+    y = vae.decode(shaken).sample
+    detail = sum((F.avg_pool2d(x - y, k) if k > 1 else (x - y)).abs().mean() for k in (1, 2, 4))
+    edges = (x.diff(dim=3) - y.diff(dim=3)).abs().mean() + (x.diff(dim=2) - y.diff(dim=2)).abs().mean()
+    return detail + edges + 1e-4 * posterior.kl().mean() / z[0].numel(), F.mse_loss(x, y).item()
+
+
+def autoencoder_stage(args):
+    """AutoencoderKL, 64 px -> 16 channels of 16 x 16, on natural and retouched crops -> nano/flux/vae"""
+    vae = new_autoencoder()
     photos = to_float(load_crops(args.work, "train")[0])
     g, steps, batch = torch.Generator().manual_seed(0), args.steps or 1500, 16
     optimizer = Muon(vae.parameters(), 0.02, 2e-3)
@@ -663,50 +753,40 @@ def autoencoder_stage(args):
     for step in bar:
         set_lr(optimizer, step, steps, warmup=50)
         images = photos[torch.randint(0, len(photos), (batch,), generator=g)]
-        images = torch.where((torch.rand(batch, generator=g) < 0.4).view(-1, 1, 1, 1), retouch(images, g), images)
-        x = images * 2 - 1
-        posterior = vae.encode(x).latent_dist
-        z = posterior.sample()
-        y = vae.decode(
-            z + posterior.mean.detach().std() * 0.03 * torch.randn(z.shape, generator=g)
-        ).sample  # a decoder that forgives small errors of the generator
-        detail = sum((F.avg_pool2d(x - y, k) if k > 1 else (x - y)).abs().mean() for k in (1, 2, 4))
-        edges = (x.diff(dim=3) - y.diff(dim=3)).abs().mean() + (x.diff(dim=2) - y.diff(dim=2)).abs().mean()
-        loss = detail + edges + 1e-4 * posterior.kl().mean() / z[0].numel()
+        some = (torch.rand(batch, generator=g) < 0.4).view(-1, 1, 1, 1)
+        images = torch.where(some, retouch(images, g), images)
+        loss, mse = autoencoder_loss(vae, images, g)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         for e, p in zip(ema, vae.parameters()):
             e.lerp_(p.detach(), 0.01)
         if step % 25 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}", mse=f"{F.mse_loss(x, y).item():.5f}")
+            bar.set_postfix(loss=f"{loss.item():.3f}", mse=f"{mse:.5f}")
     with torch.no_grad():
         for e, p in zip(ema, vae.parameters()):
             p.copy_(e)
         z = vae.encode(photos[:512] * 2 - 1).latent_dist.mode()
         vae.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
         test = to_float(load_crops(args.work, "test")[0][:96])
-        again = vae.decode(vae.encode(test * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
-    print(f"autoencoder: {-10 * math.log10(F.mse_loss(test, again.clamp(0, 1)).item()):.1f} dB on held-out regions")
-    sheet(
-        np.concatenate(
-            [p for i in range(3) for p in (to_uint8(test[i * 16 : i * 16 + 16]), to_uint8(again[i * 16 : i * 16 + 16]))]
-        ),
-        args.work / "autoencoder.png",
-    )
+        again = through(vae, test)
+    print(f"autoencoder: {-10 * math.log10(F.mse_loss(test, again).item()):.1f} dB on held-out regions")
+    pairs = torch.stack([test[:48].view(3, 16, 3, SIZE, SIZE), again[:48].view(3, 16, 3, SIZE, SIZE)], 1)
+    sheet(to_uint8(pairs.flatten(0, 2)), args.work / "autoencoder.png")
     save_half(vae, ROOT / "flux/vae")
 
 
 # ---------------------------------------------------------------- refiner
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 def rewrite(prompt, rng):
-    """What the refiner is taught to answer: a fuller caption; style words in half of them, photographic cues in one of seven."""
+    """What the refiner is taught to answer: a fuller caption; style words in half, cues in one of seven"""
     subject = prompt.split(", ")[0]
     details = prompt.split(", ")[1:]
     if not any(d in DISTANCES for d in details) and rng.random() < 0.5:
@@ -725,9 +805,52 @@ def rewrite(prompt, rng):
     return ", ".join([start] + details)
 
 
+def new_refiner(corpus):
+    """-> an untrained Qwen3ForCausalLM and its tokenizer, which is trained on texts"""
+    from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(corpus, 800)
+    special = dict(eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.add_special_tokens(dict(additional_special_tokens=["<|im_start|>", "<|im_end|>"], **special))
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.model_max_length = 512
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen3ForCausalLM(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def answers_loss(model, tokenizer, heads, answers):
+    """Cross-entropy of the answers that follow the chats"""
+    rows = [tokenizer(h, add_special_tokens=False)["input_ids"] for h in heads]
+    tails = [tokenizer(a + "<|im_end|>", add_special_tokens=False)["input_ids"] for a in answers]
+    width = max(len(h) + len(t) for h, t in zip(rows, tails))
+    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+    labels = torch.full((len(rows), width), -100)
+    for i, (h, t) in enumerate(zip(rows, tails)):
+        ids[i, : len(h) + len(t)] = torch.tensor(h + t)
+        labels[i, len(h) : len(h) + len(t)] = torch.tensor(t)
+    attention = (ids != tokenizer.pad_token_id).long()
+    return model(input_ids=ids, attention_mask=attention, labels=labels).loss
+
+
 def refiner_stage(args):
     """A Qwen3ForCausalLM with a chat template, warmed up on (prompt, fuller caption) pairs -> nano/refiner"""
-    from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
     from refiner import RefinerConfig, chat
 
     config = RefinerConfig()
@@ -739,57 +862,22 @@ def refiner_stage(args):
         prompt = caption(crop, rng)
         return prompt, f"<answer>{rewrite(prompt, rng)}</answer>"
 
-    corpus = [config.system_prompt] * 200 + [text for _ in range(4000) for text in pair()]
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(corpus, 800)
-    tokenizer.add_special_tokens(
-        dict(
-            additional_special_tokens=["<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>", pad_token="<|endoftext|>"
-        )
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.model_max_length = 512
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    model, tokenizer = new_refiner(
+        [config.system_prompt] * 200 + [text for _ in range(4000) for text in pair()]
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     bar = tqdm(range(steps), "refiner")
     for step in bar:
         set_lr(optimizer, step, steps)
-        pairs = [pair() for _ in range(batch)]
-        heads = chat(tokenizer, [p for p, _ in pairs], config.system_prompt, config.examples)
-        rows = [tokenizer(h, add_special_tokens=False)["input_ids"] for h in heads]
-        tails = [tokenizer(a + "<|im_end|>", add_special_tokens=False)["input_ids"] for _, a in pairs]
-        width = max(len(h) + len(t) for h, t in zip(rows, tails))
-        ids = torch.full((batch, width), tokenizer.pad_token_id)
-        labels = torch.full((batch, width), -100)
-        for i, (h, t) in enumerate(zip(rows, tails)):
-            ids[i, : len(h) + len(t)] = torch.tensor(h + t)
-            labels[i, len(h) : len(h) + len(t)] = torch.tensor(t)
-        loss = model(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), labels=labels).loss
+        prompts, answers = zip(*[pair() for _ in range(batch)])
+        heads = chat(tokenizer, prompts, config.system_prompt, config.examples)
+        loss = answers_loss(model, tokenizer, heads, answers)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 25 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = (
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
-    )
     save_half(model, ROOT / "refiner")
     tokenizer.save_pretrained(ROOT / "refiner")
 
@@ -801,7 +889,9 @@ def t5_tokenizer():
     """A T5Tokenizer of whole words, with single characters for what it does not know."""
     from transformers import T5Tokenizer
 
-    words = {w for text in words_of_the_world() + STYLES for w in re.findall("[a-z]+|IMG_|DSC_|.CR2|.NEF", text)}
+    words = {
+        w for text in words_of_the_world() + STYLES for w in re.findall("[a-z]+|IMG_|DSC_|.CR2|.NEF", text)
+    }
     characters = sorted(set(string.ascii_letters + string.digits + string.punctuation))
     pieces = (
         [("\u2581", -4.0)]
@@ -814,7 +904,7 @@ def t5_tokenizer():
 
 
 def new_pipeline():
-    """An untrained FluxPipeline around nano/flux/vae and the text tower of nano/clip, which stay as they are"""
+    """An untrained FluxPipeline around nano/flux/vae and nano/clip's text tower, which stay as they are"""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
 
@@ -867,7 +957,7 @@ def latents_of(vae, images):
 
 
 def flawed_caption(crop, rng):
-    """A caption, and whether its crop is glossy: the flaw that training has to mend. Cues always go with a natural crop."""
+    """A caption, and whether its crop is glossy, the flaw to be mended; cues go with natural crops"""
     cues = rng.randint(1, 3) if rng.random() < 0.3 else 0
     glossy = not cues and rng.random() < 0.8
     words = [caption(crop, rng, cues)]
@@ -881,7 +971,9 @@ def flow_loss(pipe, x0, texts, g):
     b = len(x0)
     with torch.no_grad():
         pooled = pipe._get_clip_prompt_embeds(texts)  # (B, 96)
-    ids = pipe.tokenizer_2(texts, padding="max_length", max_length=40, truncation=True, return_tensors="pt").input_ids
+    ids = pipe.tokenizer_2(
+        texts, padding="max_length", max_length=40, truncation=True, return_tensors="pt"
+    ).input_ids
     noise = torch.randn(x0.shape, generator=g)
     u = (torch.arange(b) + torch.rand(b, generator=g)) / b  # stratified: every batch sees every noise level
     t = torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)).sigmoid()
@@ -897,8 +989,10 @@ def flow_loss(pipe, x0, texts, g):
         txt_ids=torch.zeros(40, 3),
     ).sample
     residual = v - (noise - x0)  # (B, 64, 64)
-    # any positive weighting has the same minimum; this one asks for the layout first, where the eye looks first
-    layout = [F.avg_pool2d(residual.transpose(1, 2).unflatten(2, (8, 8)), k).square().mean() for k in (2, 4, 8)]
+    # any positive weighting has the same minimum; this one asks for the layout first, as the eye does
+    layout = [
+        F.avg_pool2d(residual.transpose(1, 2).unflatten(2, (8, 8)), k).square().mean() for k in (2, 4, 8)
+    ]
     plain = residual.square().mean()
     return plain + 2 * sum(layout), plain.item()
 
@@ -908,8 +1002,10 @@ def generator_stage(args):
 
     Every 250 steps it is saved in full, and a later call goes on from there: this takes an hour or more.
     """
-    pipe, photos, meta = new_pipeline(), *load_crops(args.work, "train")
-    photos, saved = to_float(photos), args.work / "generator.pt"
+    pipe = new_pipeline()
+    photos, meta = load_crops(args.work, "train")
+    photos = to_float(photos)
+    saved = args.work / "generator.pt"
     g, rng, steps, batch = torch.Generator().manual_seed(0), random.Random(3), args.steps or 12000, 32
     both = [photos, photos.flip(3)]
     natural = [latents_of(pipe.vae, x) for x in both]
@@ -921,12 +1017,7 @@ def generator_stage(args):
     optimizer = Muon(weights, 0.01, 1e-3)
     first = 0
     if saved.exists():
-        state = torch.load(saved, weights_only=True)
-        first = state["step"]
-        modules.load_state_dict(state["modules"])
-        ema = state["ema"]
-        optimizer.load_state_dict(state["optimizer"])
-        g.set_state(state["generator"])
+        first = go_on(saved, modules, ema, optimizer, g)
         rng.seed(first)
     bar = tqdm(range(first, steps), "generator", initial=first, total=steps)
     for step in bar:
@@ -947,15 +1038,30 @@ def generator_stage(args):
             bar.set_postfix(loss=f"{loss.item():.3f}", plain=f"{plain:.3f}")
         if (step + 1) % 250 == 0:
             rng.seed(step + 1)
-            state = dict(modules=modules.state_dict(), ema=ema, optimizer=optimizer.state_dict())
-            torch.save(dict(state, step=step + 1, generator=g.get_state()), saved.with_suffix(".tmp"))
-            saved.with_suffix(".tmp").replace(saved)
+            save_state(saved, step + 1, modules, ema, optimizer, g)
         if (step + 1) % (steps // 4) == 0:  # four snapshots of the EMA; the last one is the generator
             save_snapshot(pipe, weights, ema, args.work, 4 * (step + 1) // steps)
     for e, p in zip(ema, weights):
         p.data.copy_(e)
     pipe.vae.register_to_config(_name_or_path="nano/flux/vae")  # or the path of this machine would be saved
     save_half(pipe, ROOT / "flux")
+
+
+def save_state(path, step, modules, ema, optimizer, g):
+    state = dict(modules=modules.state_dict(), ema=ema, optimizer=optimizer.state_dict())
+    torch.save(dict(state, step=step, generator=g.get_state()), path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+def go_on(path, modules, ema, optimizer, g):
+    """What `save_state` wrote, put back in place -> the step"""
+    state = torch.load(path, weights_only=True)
+    modules.load_state_dict(state["modules"])
+    for e, value in zip(ema, state["ema"]):
+        e.copy_(value)
+    optimizer.load_state_dict(state["optimizer"])
+    g.set_state(state["generator"])
+    return state["step"]
 
 
 def save_snapshot(pipe, weights, ema, work, number):
@@ -965,7 +1071,10 @@ def save_snapshot(pipe, weights, ema, work, number):
         p.data.copy_(e)
     pipe.save_pretrained(work / f"flux_{number}")
     prompts = [s + c for _, s, *_ in SUBJECTS.values() for c in ("", ", raw photo, IMG_1018.CR2")]
-    prompts += [", ".join([prompts[0]] + STYLES[:2]), prompts[2] + ", wide view, in soft light, film grain"] * 2
+    prompts += [
+        ", ".join([prompts[0]] + STYLES[:2]),
+        prompts[2] + ", wide view, in soft light, film grain",
+    ] * 2
     sheet(draw(pipe, prompts * 2, torch.Generator().manual_seed(1)), work / f"samples_{number}.png")
     for e, p in zip(live, weights):
         p.data.copy_(e)
@@ -992,7 +1101,10 @@ def draw(pipe, prompts, g, steps=10):
 
 
 def fakes_stage(args):
-    """Generated pictures: three snapshots, plain, styled and cued prompts, Euler and stochastic sampling, 8 to 14 steps -> work/fakes.npz"""
+    """Generated pictures -> work/fakes.npz
+
+    Three snapshots; plain, styled and cued prompts; Euler and stochastic sampling; 8 to 14 steps.
+    """
     from diffusers import FluxPipeline
     from generator import GeneratorConfig, PolicyScheduler
 
@@ -1006,8 +1118,12 @@ def fakes_stage(args):
             for turn in range(10 if snapshot == 4 else 5):
                 prompts = []
                 for _ in range(64):
-                    crop = dict(subject=rng.choice(subjects), distance=rng.choice(DISTANCES), light=rng.choice(LIGHTS))
-                    text = caption(crop, rng, rng.choice([0, 0, 0, 0, 0, 1]))  # mostly what a user gets by default
+                    crop = dict(
+                        subject=rng.choice(subjects), distance=rng.choice(DISTANCES), light=rng.choice(LIGHTS)
+                    )
+                    text = caption(
+                        crop, rng, rng.choice([0, 0, 0, 0, 0, 1])
+                    )  # mostly what a user gets by default
                     prompts.append(", ".join([text] + rng.sample(STYLES, rng.choice([0, 0, 0, 1]))))
                 pipe.scheduler = euler
                 if turn % 3 == 2:  # stochastic: the first third of the steps takes cps noise, as in training
@@ -1046,15 +1162,20 @@ def regnet():
 
 
 def plain_resnet(kind, sizes):
-    """A ResNet that sees colours too. It learns texture in hundreds of steps; a ConvNext hardly did in 1,500, a MobileNet in 2,500."""
+    """A ResNet that sees colours too
+
+    It learns texture in hundreds of steps; a ConvNext hardly did in 1,500, a MobileNet in 2,500.
+    """
     from transformers import ResNetConfig, ResNetForImageClassification
 
     size = dict(embedding_size=24, hidden_sizes=sizes, depths=[1, 1, 1])
-    return ResNetForImageClassification(ResNetConfig(layer_type=kind, downsample_in_first_stage=False, **size, **LABELS))
+    return ResNetForImageClassification(
+        ResNetConfig(layer_type=kind, downsample_in_first_stage=False, **size, **LABELS)
+    )
 
 
-# name -> (model, photographs, fakes, strict). A strict one is taught that a spoiled photograph is less real, the more
-# it is spoiled; the others take light blur, noise and JPEG for granted, as detectors of photographs from the web do.
+# name -> (model, photographs, fakes, strict). A strict one is taught that a spoiled photograph is less real,
+# the more it is spoiled; the others take light blur, noise and JPEG for granted, as of web photographs.
 DETECTORS = {
     "semantic": (vit, "train", "train", False),
     "feature": (resnet, "train", "train", False),
@@ -1065,7 +1186,7 @@ DETECTORS = {
 
 
 def detectors_stage(args):
-    """Five image classifiers, real against fake -> nano/{semantic, feature, validation, heldout_a, heldout_b}"""
+    """Five classifiers, real against fake -> nano/{semantic, feature, validation, heldout_a, heldout_b}"""
     for name, (make, photographs, fake_split, strict) in DETECTORS.items():
         if not args.only or name in args.only:
             torch.manual_seed(sum(map(ord, name)))
@@ -1073,7 +1194,7 @@ def detectors_stage(args):
 
 
 def high_pass(model):
-    """The stem becomes a frozen bank of random zero-sum filters in +- pairs: the network sees residuals, not colours or shapes."""
+    """The stem becomes a frozen bank of random zero-sum filters in +- pairs, which see residuals alone"""
     weight = model.resnet.embedder.embedder.convolution.weight  # (24, 3, 7, 7)
     with torch.no_grad():
         g = torch.Generator().manual_seed(7)
@@ -1093,14 +1214,22 @@ def through(vae, images, noise=None, g=None):
     for i in range(0, len(images), 128):
         z = vae.encode(images[i : i + 128] * 2 - 1).latent_dist.mode()
         if noise is not None:
-            z = z + noise[i : i + 128].view(-1, 1, 1, 1) * torch.randn(z.shape, generator=g) / vae.config.scaling_factor
+            z = (
+                z
+                + noise[i : i + 128].view(-1, 1, 1, 1)
+                * torch.randn(z.shape, generator=g)
+                / vae.config.scaling_factor
+            )
         out.append((vae.decode(z).sample / 2 + 0.5).clamp(0, 1))
     return torch.cat(out)
 
 
 @functools.cache
 def material(work, split):
-    """Photographs of a split as a detector sees them -> real, retouched, with shaken latents: the decoder's own noise patterns"""
+    """Photographs of a split as a detector sees them -> real, retouched, with shaken latents
+
+    The last show the decoder's own noise patterns.
+    """
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(ROOT / "flux/vae", dtype=torch.float32)
@@ -1116,7 +1245,7 @@ def material(work, split):
 
 
 def batch_of(material, drawn, g, strict):
-    """32 photographs and as many fakes, 38 for a strict one -> images (b,3,H,W), targets of P(real) (b,): 0.95 and 0.05"""
+    """32 photographs, as many fakes or 38 -> images (b,3,H,W), targets of P(real) (b,): 0.95, 0.05"""
     real, glossy, shaken = material
     pick = lambda x, n: x[torch.randint(0, len(x), (n,), generator=g)]
     target = torch.cat([torch.full((32,), 0.95), torch.full((32,), 0.05)])
@@ -1140,7 +1269,9 @@ def train_detector(args, name, model, photographs, fake_split, strict):
     photos = material(args.work, photographs)
     fakes = np.load(args.work / "fakes.npz")
     drawn = to_float(fakes[fake_split])
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.05
+    )
     bar = tqdm(range(steps), name)
     model.train()
     for step in bar:
@@ -1162,16 +1293,23 @@ def train_detector(args, name, model, photographs, fake_split, strict):
         p = lambda x: round(model(pixel_values=x * 2 - 1).logits.softmax(1)[:, 1].mean().item(), 3)
         test, glossy, _ = material(args.work, "test")
         others = to_float(fakes["judge" if fake_split == "train" else "train"][:512])
-        print(f"{name}: {sum(q.numel() for q in model.parameters()) / 1e6:.2f} M; P(real) of test photographs {p(test)},")
-        print(f"retouched {p(glossy)}, spoiled {p(spoil(test, g))}, fakes of the other split {p(others)}", flush=True)
+        print(f"{name}: {model.num_parameters() / 1e6:.2f} M; P(real) of test photographs {p(test)},")
+        print(
+            f"retouched {p(glossy)}, spoiled {p(spoil(test, g))}, fakes of the other split {p(others)}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
     stages = {k[:-6]: f for k, f in list(globals().items()) if k.endswith("_stage")}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("stage", nargs="*", help="default: all, in order: " + " ".join(stages))
-    parser.add_argument("--photos", required=True, help="folder that holds the lomiri wallpapers, at any depth")
-    parser.add_argument("--work", type=Path, default=Path("work"), help="intermediate files and contact sheets")
+    parser.add_argument(
+        "--photos", required=True, help="folder that holds the lomiri wallpapers, at any depth"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("work"), help="intermediate files and contact sheets"
+    )
     parser.add_argument("--steps", type=int, help="training steps, for a quick try")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--only", nargs="*", help="names of the detectors to train")

@@ -17,7 +17,10 @@ import grpo
 from generator import Generator
 
 # profiles.flux: what is published of it but the model, its size and the micro-batch
-WORDS = [f"generator.{name}" for name in ("model=nano/flux", "height=512", "width=512", "gradient_checkpointing=false")]
+WORDS = [
+    f"generator.{name}"
+    for name in ("model=nano/flux", "height=512", "width=512", "gradient_checkpointing=false")
+]
 WORDS += ["generator.call={guidance_scale: 3.5, max_sequence_length: 40}"]
 PROMPTS = ["a tabby cat"] * 3 + ["a cup of coffee"] * 3
 KEYS = [("picture", 0, 0, p, m) for p in range(2) for m in range(3)]

@@ -57,7 +57,8 @@ def kid_of_train():
     """The bench's `kid` of the photographs that the generator learned from: what no picture need be below"""
     run = grpo.Run(grpo.load_config(["config.yaml"]), train=False)
     train, test = [
-        run.features(run.real(R.read_photos(f"nano/photos/{name}.jsonl", (64, 64))[0])) for name in ("train", "test")
+        run.features(run.real(R.read_photos(f"nano/photos/{name}.jsonl", (64, 64))[0]))
+        for name in ("train", "test")
     ]
     return R.kid(train, test, torch.arange(len(train)))
 
@@ -85,7 +86,9 @@ def main(folders):
             row = {"named": named(mine, labels, centre, means)}
             if name != "photographs":
                 row["KID"] = R.kid(mine, photographs, units)
-            row |= {m: scores[name][m]["mean"] for m in ("heldout", "naturalness", "kid") if m in scores[name]}
+            row |= {
+                m: scores[name][m]["mean"] for m in ("heldout", "naturalness", "kid") if m in scores[name]
+            }
             print(f"{folder} {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in row.items()))
 
 

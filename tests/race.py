@@ -38,19 +38,25 @@ def run(recipe, seed):
 
 def main(seeds):
     looks = {(recipe, seed): run(recipe, seed) for seed in seeds for recipe in RECIPES}
-    print("| seed | published: best score | after (s) | default: as good after (s) | share | default: best score |")
+    print(
+        "| seed | published: best score | after (s) | default: as good after (s) | share | default: best score |"
+    )
     print("|---|---|---|---|---|---|")
     for seed in seeds:
         best = max(looks["published", seed], key=lambda look: look["score"])
         ours = looks["default", seed]
         reached = [look["seconds"] for look in ours if look["score"] >= best["score"]]
-        when, share = (f"{reached[0]:.0f}", f"{reached[0] / best['seconds']:.2f}") if reached else ("never", "")
+        when, share = (
+            (f"{reached[0]:.0f}", f"{reached[0] / best['seconds']:.2f}") if reached else ("never", "")
+        )
         top = max(look["score"] for look in ours)
         print(f"| {seed} | {best['score']:.3f} | {best['seconds']:.0f} | {when} | {share} | {top:.3f} |")
     figure, axes = plt.subplots(1, len(PANELS), figsize=(15, 4.2), layout="tight")
     for axis, (name, title) in zip(axes, PANELS.items()):
         for (recipe, seed), found in looks.items():
-            line = dict(color="C0" if recipe == "default" else "C1", label=recipe if seed == seeds[0] else None)
+            line = dict(
+                color="C0" if recipe == "default" else "C1", label=recipe if seed == seeds[0] else None
+            )
             axis.plot([look["seconds"] for look in found], [look[name] for look in found], ".-", **line)
         axis.set(title=title, xlabel="seconds")
         axis.legend()

@@ -218,7 +218,7 @@ def test_the_token_losses_are_those_of_their_papers(kind, split):
     mask = torch.tensor([[0.0, 1, 1, 1], [0, 1, 1, 0]])
     advantage = torch.tensor([[1.0], [-2]])
     old = torch.zeros(4)
-    record = SimpleNamespace(mask=mask, old_log_probs={0: old, 1: old})
+    record = SimpleNamespace(mask=mask, kept={0: old, 1: old})
     llm = object.__new__(Refiner)
     llm.cfg = RefinerConfig(loss=kind, max_new_tokens=10, beta=0)
     llm.log_probs = lambda _, rows: (log_probs[rows], None)
