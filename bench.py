@@ -239,8 +239,7 @@ def rewrites(run, cfg, prompts, folder):
     path = folder / f"{key(made_by, prompts)}.json"
     if not path.exists():
         keys = [("bench rewrite", p) for p in range(len(prompts))]
-        with run.refiner.at_work():
-            texts, _ = run.refiner.rollout(prompts, M, keys)
+        texts, _ = run.refiner.rollout(prompts, M, keys)
         write(path, json.dumps(texts).encode())
     return json.loads(path.read_text())
 

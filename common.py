@@ -89,12 +89,17 @@ def rng(use, *numbers):
     return np.random.default_rng([zlib.crc32(use.encode()), *numbers])
 
 
+def torch_seed(use, *numbers):
+    """A seed for torch's own generators, counted as `rng` is"""
+    return int(rng(use, *numbers).integers(2**31))
+
+
+# ---------------------------------------------------------------- batches and weights
+
+
 def batches(items, size):
     """A list, range or tensor, `size` at a time: a batch bounds memory, and changes no result."""
     return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-# ---------------------------------------------------------------- weights
 
 
 def check_folder(path, file):
@@ -167,8 +172,3 @@ def check_tokenizer(path, tokenizer):
         raise ConfigError(
             f"{path}: its tokenizer reads {'a photo'!r} as {text!r}; expected one with its vocabulary"
         )
-
-
-def torch_seed(use, *numbers):
-    """A seed for torch's own generators, counted as `rng` is"""
-    return int(rng(use, *numbers).integers(2**31))

@@ -225,8 +225,7 @@ def load_checkpoint(cfg, restore):
                 if zipfile.ZipFile(path).testzip():
                     raise ConfigError(f"{path}: its checksums do not match")
                 saved = torch.load(path, map_location="cpu", weights_only=True)  # tensors, no code
-                leaves = enumerate(tree_leaves(saved))
-                check_finite(path, {i: leaf for i, leaf in leaves if torch.is_tensor(leaf)})
+                check_finite(path, dict(enumerate(tree_leaves(saved))))
                 theirs = saved["identity"]
                 changed = [key for key, ours in identity(cfg).items() if theirs.get(key) != ours]
                 if not changed:

@@ -40,8 +40,8 @@ from diffusers.loaders import FluxLoraLoaderMixin
 from peft.utils import get_peft_model_state_dict
 
 from common import ConfigError, batches, bounded, rng
-from kernels import gaussian_log_prob, per_sample_mean, sde_log_ratio, velocity_kl
-from pipeline import EncodeOnce, call_pipeline, check_replay, encoders_on, load_pipeline
+from kernels import per_sample_mean, sde_log_ratio, velocity_kl
+from pipeline import EncodeOnce, call_pipeline, check_replay, load_pipeline
 from policy import Policy, old_log_probs
 
 ATTENTION = [
@@ -174,21 +174,21 @@ def elbo(v, target):
     return -per_sample_mean((v.float() - target) ** 2) / 2
 
 
-def draw_window(num_steps, window, last_start, rng):
+def draw_window(num_steps, window, last_start, chance):
     """The stochastic steps of an iteration: neighbours, never the last step; in the first half of the grid
     unless last_start says more"""
     if last_start is None:
         last_start = max(num_steps // 2 - window, 0)
-    start = int(rng.integers(0, last_start + 1))
+    start = int(chance.integers(0, last_start + 1))
     return range(start, start + window)
 
 
-def draw_times(num_steps, times, rng):
+def draw_times(num_steps, times, chance):
     """The places in the grid at which pictures are noised again: one in each of `times` equal parts
 
     Two parts may share a place where `times` does not divide num_steps.
     """
-    return [int((part + rng.random()) * num_steps / times) for part in range(times)]
+    return [int((part + chance.random()) * num_steps / times) for part in range(times)]
 
 
 def normal(rngs, shape):
@@ -251,9 +251,9 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
         stochastic = self.mode == "record" and i in self.window
         sde = self.cfg.sde if stochastic else "ode"
         noise_level = self.cfg.noise_level if stochastic else 0.0
-        c_x, c_v, std = sde_coefficients(
-            sde, self.grid[i], self.grid[i + 1], noise_level, self.grid[1]
-        )
+        t = self.grid[i]
+        s = self.grid[i + 1]
+        c_x, c_v, std = sde_coefficients(sde, t, s, noise_level, self.grid[1])
         # (B, ...), in f32 whatever the pipeline's dtype is
         x_next = c_x * sample.float() + c_v * model_output.float()
         if stochastic:
@@ -261,8 +261,7 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
         x_next = x_next.to(sample.dtype)
         self.latest = x_next  # (B, ...), in the end the finished latents
         if stochastic:
-            h = self.grid[i] - self.grid[i + 1]
-            self.steps.append(Step(i, (c_x, c_v, std), h, sample, x_next, model_output))
+            self.steps.append(Step(i, (c_x, c_v, std), t - s, sample, x_next, model_output))
         return (x_next,)
 
 
@@ -374,8 +373,15 @@ class Generator(Policy):
     @contextmanager
     def encoders(self):
         """Inside, the text encoders can be called, and give what they gave before anything was trained"""
-        with self.without_lora(), encoders_on(self.pipe, self.waiting, self.device):
-            yield
+        for name, encoder in self.waiting.items():
+            setattr(self.pipe, name, encoder.to(self.device))
+        try:
+            with self.without_lora():
+                yield
+        finally:
+            for name, encoder in self.waiting.items():
+                setattr(self.pipe, name, None)  # or the pipeline would take its device from them
+                encoder.to("cpu")
 
     def rollout(self, prompts, keys, window=(), times=(), num_steps=None):
         """Draw one picture per prompt in num_steps, the config's if None -> images, Trajectory
@@ -391,11 +397,12 @@ class Generator(Policy):
         images = []
         finished = []
         steps = []
-        for rows in batches(range(len(prompts)), self.micro_batch):
-            image = self.draw(encode, rows, keys, window, num_steps)  # (b, 3, H, W)
-            images.append(image.clamp(0, 1).cpu())
-            finished.append(self.scheduler.latest)
-            steps.append(self.scheduler.steps)
+        with self.at_work():
+            for rows in batches(range(len(prompts)), self.micro_batch):
+                image = self.draw(encode, rows, keys, window, num_steps)  # (b, 3, H, W)
+                images.append(image.clamp(0, 1).cpu())
+                finished.append(self.scheduler.latest)
+                steps.append(self.scheduler.steps)
         self.scheduler.off()
         images = torch.cat(images)
         if not images.isfinite().all():
@@ -431,9 +438,7 @@ class Generator(Policy):
         if branches == 1 or window.start == 0:
             first = lambda shape: normal([rng(*start) for start in starts], shape)
             return run(range(num_steps), rows, first, "pt")
-        roots = {}  # start -> one of the rows that begin with it
-        for start, row in zip(starts, rows):
-            roots[start] = row
+        roots = dict(zip(starts, rows))  # start -> one of the rows that begin with it
         first = lambda shape: normal([rng(*start) for start in roots], shape)
         run(range(window.start), list(roots.values()), first, "latent")
         order = [list(roots).index(start) for start in starts]
@@ -487,10 +492,10 @@ class Generator(Policy):
             yield log_ratio[:, None], kl[:, None], scale, 1.0, {}
 
     def velocities(self, record, index, x, rows):
-        """That of the policy, with grad, and that of the reference; None where beta does not ask for it"""
+        """That of the policy, with grad, and that of the reference, which beta: 0 does not ask for"""
         v = self.replay(record, index, x, rows)  # (b, ...)
         if not self.cfg.beta:
-            return v, None
+            return v, v.detach()
         with torch.no_grad(), self.reference():
             return v, self.replay(record, index, x, rows)
 
@@ -500,10 +505,7 @@ class Generator(Policy):
         v, ref_v = self.velocities(record, step.index, x, rows)  # (b, ...)
         log_prob = elbo(v, target)  # (b,)
         old = old_log_probs(step.kept, rows, log_prob)  # (b,)
-        kl = torch.zeros_like(old)
-        if ref_v is not None:
-            kl = velocity_kl(v, ref_v)  # (b,)
-        return log_prob - old, kl, 1.0
+        return log_prob - old, velocity_kl(v, ref_v), 1.0
 
     def path_terms(self, record, step, rows):
         """The ratio of a recorded step, by config.ratio, and mean((v - ref_v)^2)
@@ -518,10 +520,9 @@ class Generator(Policy):
         v, ref_v = self.velocities(record, step.index, x, rows)  # (b, ...)
         x_next = step.x_next[rows]  # (b, ...)
         old_v = step.v[rows]  # (b, ...)
-        c_x, c_v, std = step.coefficients
         # each (b,)
-        log_prob, log_ratio, kl = sde_log_ratio(x, v, x_next, old_v, ref_v, c_x, c_v, std)
+        log_prob, log_ratio, kl = sde_log_ratio(x, v, x_next, old_v, ref_v, *step.coefficients)
         if self.cfg.ratio == "guard":
             return log_ratio, kl, 1 / step.h
-        old_mean = c_x * x.float() + c_v * old_v.float()  # (b, ...)
-        return log_prob - gaussian_log_prob(x_next.float(), old_mean, std), kl, 1.0
+        old_log_prob, _, _ = sde_log_ratio(x, old_v, x_next, old_v, old_v, *step.coefficients)
+        return log_prob - old_log_prob, kl, 1.0

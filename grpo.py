@@ -160,13 +160,10 @@ def check_run(cfg):
     """What training needs of stages and learners together, told before a model loads"""
     parts = cfg.updates * ranks.WORLD
     for i, stage in enumerate(cfg.stages):
-        members = {
-            "generator": stage.images,
-            "refiner": stage.texts,
-            "joint": min(stage.images, stage.texts),
-        }
+        few_images = stage.train != "refiner" and stage.images < 2
+        few_texts = stage.train != "generator" and stage.texts < 2
         fault = None
-        if members[stage.train] < 2:
+        if few_images or few_texts:
             fault = "a group of one teaches nothing; expected 2 or more texts or images, of what is trained"
         elif stage.texts == 0:
             fault = "no text to draw; expected rewrites of 1 or more, or keep_original: true"
@@ -354,10 +351,10 @@ class Run:
         if self.learners:
             # Last, so that they judge the next step. In this one, pictures that a detector has just learnt
             # would stand below those of their group that it has not.
-            words = [prompt for prompt in prompts for _ in range(N * M)]
+            words = [prompt for prompt in prompts for _ in range(N * M)]  # of all ranks
             images = ranks.gather(as_bytes(images), P)  # (P*N*M, 3, H, W) uint8
             row["detectors"] = {
-                name: learner.step(images, words, scores[name].mean().item(), iteration)
+                name: learner.step(images, words, row["rewards"][name], iteration)
                 for name, learner in self.learners.items()
             }  # None for one that was not fooled
         return row
@@ -383,14 +380,12 @@ class Run:
         rewrites = None
         if stage.rewrites:
             keys = [("rewrite", cfg.seed, iteration, p) for p in numbers]
-            with self.refiner.at_work():
-                sampled, rewrites = self.refiner.rollout(
-                    prompts, stage.rewrites, keys, cfg.refiner.temperature
-                )
+            sampled, rewrites = self.refiner.rollout(
+                prompts, stage.rewrites, keys, cfg.refiner.temperature
+            )
             texts = []  # p*N: in each group the user's words first, if they are kept
-            for i, prompt in enumerate(prompts):
-                texts += [prompt] * stage.keep_original
-                texts += sampled[i * stage.rewrites : (i + 1) * stage.rewrites]
+            for prompt, written in zip(prompts, batches(sampled, stage.rewrites)):
+                texts += [prompt] * stage.keep_original + written
         # Rewrites are compared on the same noise (common random numbers), or the luck of the noise would hide
         # what the words are worth. Pictures that train have noise of their own: it is what they explore with.
         M = stage.images
@@ -406,10 +401,9 @@ class Run:
             # the same for the whole step, or the log-ratios of a group would differ in scale
             places = self.generator.places(rng("window", cfg.seed, iteration))
         texts = [text for text in texts for _ in range(M)]  # p*N*M
-        with self.generator.at_work():
-            images, trajectory = self.generator.rollout(
-                texts, keys, num_steps=cfg.generator.draw_steps, **places
-            )
+        images, trajectory = self.generator.rollout(
+            texts, keys, num_steps=cfg.generator.draw_steps, **places
+        )
         return rewrites, images, trajectory
 
     def next_prompts(self, iteration, P):
@@ -448,11 +442,11 @@ class Run:
         trained = extremes(advantage, k).flatten().nonzero().flatten()
         parts = [part.tolist() for part in trained.chunk(updates)]
         advantage = advantage.flatten()[:, None].to(self.device)  # (p*G, 1)
+        figures = defaultdict(float)
+        norm = 0.0
         # the first part needs no old log-probs: when it is trained, the policy is the one that drew it
         for rows in batches(sum(parts[1:], []), self.cfg.micro_batch):
             policy.remember(record, rows)
-        figures = defaultdict(float)
-        norm = 0.0
         for part in parts:
             count = ranks.total(policy.count(record, part))
             for rows in batches(part, self.cfg.micro_batch):
@@ -504,10 +498,9 @@ class Run:
         texts = words
         if stage.rewrites:  # another one for each picture
             keys = [("look rewrite", seed, p) for p in numbers]
-            with self.refiner.at_work():
-                texts, _ = self.refiner.rollout(prompts, M, keys)
+            texts, _ = self.refiner.rollout(prompts, M, keys)
         keys = [("look", seed, p, m) for p in numbers for m in range(M)]
-        with self.generator.at_work(), self.generator.ema_weights():
+        with self.generator.ema_weights():
             images, _ = self.generator.rollout(texts, keys)  # (p*M, 3, H, W)
 
         # KID beside the detectors: they learned from fakes that resemble those of training, so what fools the
@@ -577,7 +570,8 @@ def train(cfg):
             stop = signals()
             for number, step in turns[progress["turn"] :]:
                 stage = cfg.stages[number]
-                iteration = progress["turn"] - number  # training steps so far, of all stages
+                # training steps so far: each stage before this one had one turn more than it has steps
+                iteration = progress["turn"] - number
                 over = step == stage.steps
                 # for rewards that draw from the global generators: what they draw is counted too
                 transformers.set_seed(torch_seed("globals", cfg.seed, iteration))
@@ -596,7 +590,8 @@ def train(cfg):
                 if stopped or over or progress["turn"] % cfg.save_every == 0:
                     save_checkpoint(cfg, run.state(), progress)
                 if stopped:
-                    sys.exit(128 + stop[0])  # as a shell counts it, so that && goes no further
+                    # as a shell counts it, so that && goes no further
+                    sys.exit(128 + max(stop, default=signal.SIGTERM))
 
 
 def look(run, stage, iteration, looks):

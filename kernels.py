@@ -70,8 +70,6 @@ def sde_log_ratio_ref(x, v, x_next, old_v, ref_v, c_x, c_v, std):
     old_mean = drift + c_v * old_v.float()
     log_prob = gaussian_log_prob(x_next, mean, std)  # (B,)
     guard = guard_log_ratio(x_next, mean, old_mean, std)
-    if ref_v is None:
-        return log_prob, guard, torch.zeros_like(guard)
     return log_prob, guard, velocity_kl(v, ref_v)
 
 
@@ -163,13 +161,11 @@ def sde_log_ratio(x, v, x_next, old_v, ref_v, c_x, c_v, std):
     """A recorded step under the velocity v -> log_prob, GRPO-Guard's log-ratio to old_v, KL to ref_v
 
     x, x_next (B, ...): latents before and after the step. v, old_v, ref_v (B, ...): velocities, new, recorded
-    and of the reference; ref_v None: KL 0. All f32, bf16 or f16. c_x, c_v, std: floats. Returns three (B,)
+    and of the reference. All f32, bf16 or f16. c_x, c_v, std: floats. Returns three (B,)
     f32, means over latent dimensions. Only v gets a gradient.
     """
     if not use_triton(x):
         return sde_log_ratio_ref(x, v, x_next, old_v, ref_v, c_x, c_v, std)
-    if ref_v is None:
-        ref_v = v.detach()  # r = 0
     means = _StepMeans.apply(c_x, c_v, x, v, x_next, old_v, ref_v)
     square, guard, distance = means.unbind(1)  # (B,) each
     log_prob = -square / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)

@@ -241,19 +241,6 @@ def call_pipeline(pipe, cfg, num_steps, encode, rows, latents, output_type):
     return drawn
 
 
-@contextmanager
-def encoders_on(pipe, encoders, device):
-    """Inside, the text encoders {name: module} are on the device; outside they wait on the CPU."""
-    for name, encoder in encoders.items():
-        setattr(pipe, name, encoder.to(device))
-    try:
-        yield
-    finally:
-        for name, encoder in encoders.items():
-            setattr(pipe, name, None)  # or the pipeline would take its device from them
-            encoder.to("cpu")
-
-
 # ---------------------------------------------------------------- what else is asked of it
 
 

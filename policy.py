@@ -1,4 +1,4 @@
-"""What both policies are: frozen weights with a LoRA, which is all that trains, and a place to work and to wait."""
+"""What both policies are: frozen weights, a LoRA, which is all that trains, and a device to work on."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,15 +23,13 @@ def on_device(model, device):
 
 
 def check_adapter(file, expected):
-    """ConfigError unless an adapter's file holds just the `expected` {name: tensor}, all finite.
+    """ConfigError unless an adapter's file holds just the names `expected`, and finite tensors.
 
     The libraries skip names that they do not know and leave what is missing as it was initialised.
     """
     with loading(file):
         found = load_file(file)
-    wrong = set(found) ^ set(expected) or {
-        n for n, t in found.items() if t.shape != expected[n].shape
-    }
+    wrong = set(found) ^ expected
     if wrong:
         raise ConfigError(
             f"{file}: not the LoRA of this model: {few(sorted(wrong))}; expected one that was saved for it"
@@ -40,7 +38,10 @@ def check_adapter(file, expected):
 
 
 def old_log_probs(kept, rows, log_probs):
-    """Those that `remember` kept of these rows, {row: tensor}, or the new ones: no update came in between."""
+    """Those that `remember` kept of rows, {row: tensor}, or the new ones, where no update came in between
+
+    All rows of a batch belong to the same update, so the first speaks for all.
+    """
     if rows[0] in kept:
         return torch.stack([kept[row] for row in rows])  # (b, ...)
     return log_probs.detach()
@@ -49,8 +50,8 @@ def old_log_probs(kept, rows, log_probs):
 class Policy:
     """What Generator and Refiner share; what GRPO asks of them besides is listed in grpo.py.
 
-    Each has a `name`, `cfg`, `model` and `device`, the `lora_options` of peft's LoraConfig, a `lora_file` and
-    the `prefix` of the names in it.
+    Each has a `name`, `cfg`, `model` and `device`, the `lora_options` of peft's LoraConfig, a `lora_file`, the
+    `prefix` of the names in it, and `read(folder)`, which puts it into the model.
     """
 
     lora = {}  # {name: parameter}; none before `add_lora` or `load`
@@ -64,7 +65,7 @@ class Policy:
         config = LoraConfig(
             r=self.cfg.lora_rank, lora_alpha=self.cfg.lora_alpha, **self.lora_options
         )
-        with torch.random.fork_rng(devices=[]), loading("lora_targets"):
+        with torch.random.fork_rng(devices=[]), loading(f"{self.name}.lora_targets"):
             torch.manual_seed(torch_seed(f"{self.name} lora", seed))
             self.model.add_adapter(config)
         self.adopt()
@@ -73,9 +74,8 @@ class Policy:
         """The LoRA that `save` wrote, to use or to train further"""
         with loading(folder):
             self.read(str(folder))
-            found = get_peft_model_state_dict(self.model)
-        expected = {f"{self.prefix}.{name}": tensor for name, tensor in found.items()}
-        check_adapter(Path(folder) / self.lora_file, expected)
+            names = get_peft_model_state_dict(self.model)
+        check_adapter(Path(folder) / self.lora_file, {f"{self.prefix}.{name}" for name in names})
         self.adopt()
 
     def adopt(self):

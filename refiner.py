@@ -75,7 +75,7 @@ class Rewrites:
     attention: torch.Tensor  # (B, K+L) 1 where a token is
     mask: torch.Tensor  # (B, K+L) f32, 1 on the tokens that were sampled, the end token included
     bad_format: torch.Tensor  # (B,) f32, 1 where no answer could be read
-    kept: dict = field(default_factory=dict)  # row -> its log-probs (K+L,), where `remember` kept them
+    kept: dict = field(default_factory=dict)  # row -> (K+L,), where `remember` kept it
 
 
 # ---------------------------------------------------------------- pure functions
@@ -88,9 +88,7 @@ def chat(tokenizer, prompts, system_prompt, examples):
         head.append({"role": "user", "content": words})
         head.append({"role": "assistant", "content": f"<answer>{rewrite}</answer>"})
     chats = [[*head, {"role": "user", "content": prompt}] for prompt in prompts]
-    return [
-        tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats
-    ]
+    return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
 
 
 def read_answer(text):
@@ -217,25 +215,25 @@ class Refiner(Policy):
         use_temperature; what trains is sampled at `temperature`.
         """
         chats = chat(self.tokenizer, prompts, self.cfg.system_prompt, self.cfg.examples)
-        options = dict(
+        heads = self.tokenizer(
+            chats,
             padding=True,
             padding_side="left",
             add_special_tokens=False,
             return_tensors="pt",
-        )
-        heads = self.tokenizer(chats, **options).to(self.device)
+        ).to(self.device)
         ids = heads["input_ids"].repeat_interleave(num_rewrites, 0)  # (B, K)
         attention = heads["attention_mask"].repeat_interleave(num_rewrites, 0)  # (B, K)
         rngs = [rng(*key, n) for key in keys for n in range(num_rewrites)]
         temperature = temperature or self.cfg.use_temperature
-        completion = self.generate(ids, attention, rngs, temperature)  # (B, L)
+        with self.at_work():
+            completion = self.generate(ids, attention, rngs, temperature)  # (B, L)
         eos = torch.tensor(self.model.generation_config.eos_token_id, device=self.device).flatten()
         is_end = torch.isin(completion, eos).long()
         mask = (is_end.cumsum(1) - is_end == 0).long()  # (B, L), the first end token counts
-        tokens = [row[m > 0] for row, m in zip(completion, mask)]
-        answers = [
-            read_answer(self.tokenizer.decode(row, skip_special_tokens=True)) for row in tokens
-        ]
+        # behind the first end token stands padding, which is special too
+        written = self.tokenizer.batch_decode(completion, skip_special_tokens=True)
+        answers = [read_answer(text) for text in written]
         texts = [answer or prompts[i // num_rewrites] for i, answer in enumerate(answers)]
         record = Rewrites(
             texts=texts,
@@ -304,7 +302,7 @@ class Refiner(Policy):
 
     @torch.no_grad()
     def remember(self, record, rows):
-        """Old log-probs of rows that an earlier update changes. The first needs none: its ratio is 1."""
+        """Old log-probs of rows that are trained after an earlier update"""
         record.kept |= dict(zip(rows, self.log_probs(record, rows)[0]))
 
     def terms(self, record, rows):

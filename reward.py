@@ -79,11 +79,6 @@ def p_real(logits):
     return logits.float().softmax(-1)[:, 1]
 
 
-def fake_real(logits, fake, real):
-    """(B, V) logits, two lists of columns -> (B, 2): logsumexp of each, [fake, real]"""
-    return torch.stack([logits[:, fake].logsumexp(-1), logits[:, real].logsumexp(-1)], -1)
-
-
 def mean_kernels(x, y, units):
     """Features x (n, D) of U units, y (m, D) -> KID's kernel, a mean over each unit: (U, U), (U, m), (m, m)
 
@@ -247,8 +242,9 @@ class Classifier:
 
     def logits(self, images, prompts=None):
         pixels = self.preprocess(as_file(images.to(self.model.device), self.jpeg))  # (B,3,h,w)
-        # (B, 2)
-        return fake_real(self.model(pixel_values=pixels).logits.float(), self.fake, self.real)
+        logits = self.model(pixel_values=pixels).logits  # (B, V)
+        sides = [logits[:, labels].logsumexp(-1) for labels in (self.fake, self.real)]
+        return torch.stack(sides, -1)  # (B, 2)
 
     def __call__(self, images, prompts):
         return p_real(self.logits(images))  # (B,)
@@ -280,8 +276,8 @@ class Clip:
         pixels = self.preprocess(images.to(self.model.device))  # (B,3,h,w)
         out = self.model.vision_model(pixel_values=pixels, output_hidden_states=bool(layer))
         if not layer:
-            return out.pooler_output.float()  # (B, D)
-        token = out.hidden_states[layer][:, 0].float()  # (B, D)
+            return out.pooler_output  # (B, D)
+        token = out.hidden_states[layer][:, 0]  # (B, D)
         return F.layer_norm(token, token.shape[-1:])
 
     def __call__(self, images, prompts):
@@ -292,8 +288,8 @@ class Clip:
             prompts, padding=True, truncation=True, max_length=self.length, return_tensors="pt"
         )
         text = self.model.text_model(**tokens.to(self.model.device)).pooler_output
-        text = self.model.text_projection(text).float()  # (B, D)
-        picture = self.model.visual_projection(self.features(images).to(text.dtype))  # (B, D)
+        text = self.model.text_projection(text)  # (B, D)
+        picture = self.model.visual_projection(self.features(images))  # (B, D)
         if self.dot:
             return (picture * text).sum(-1) / 100  # (B,)
         return F.cosine_similarity(picture, text)  # (B,)

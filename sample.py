@@ -45,16 +45,10 @@ def draw(cfg, prompts):
     texts = prompts  # with refiner=null they are drawn as they are
     generator = with_lora(Generator(cfg.generator, *place, cfg.offload), out / "generator")
     if cfg.refiner:
-        refiner = with_lora(
-            Refiner(cfg.refiner, *place, cfg.offload, generator), out / "refiner"
-        )
-        with refiner.at_work():
-            texts, _ = refiner.rollout(
-                prompts, 1, [("sample rewrite", cfg.seed, i) for i in numbers]
-            )
+        refiner = with_lora(Refiner(cfg.refiner, *place, cfg.offload, generator), out / "refiner")
+        texts, _ = refiner.rollout(prompts, 1, [("sample rewrite", cfg.seed, i) for i in numbers])
     # (B, 3, H, W), Euler steps: nothing explores here
-    with generator.at_work():
-        images, _ = generator.rollout(texts, [("sample", cfg.seed, i) for i in numbers])
+    images, _ = generator.rollout(texts, [("sample", cfg.seed, i) for i in numbers])
     folder = out / "drawn"
     folder.mkdir(parents=True, exist_ok=True)
     # a name that is free: earlier pictures stay, whichever of them were deleted

@@ -125,8 +125,7 @@ def main(argv):
     noise = rng("probe", cfg.seed)
     texts = noise.choice(run.prompts, PICTURES).tolist()
     keys = [("probe picture", cfg.seed, i) for i in range(PICTURES)]
-    with run.generator.at_work():
-        drawn, _ = run.generator.rollout(texts, keys)
+    drawn, _ = run.generator.rollout(texts, keys)
     photos = Photographs(cfg.photos, drawn.shape[2:], run.real)
     # (2n, 3, H, W), 2n texts, (2n,)
     images, texts, labels = photos.beside([*zip(as_bytes(drawn), texts)], noise)

@@ -388,9 +388,11 @@ def test_a_policy_is_on_the_device_while_it_works_and_at_no_other_time(config, m
     cfg = config("offload=true", "updates=2", stage=JOINT)
     run = grpo.Run(cfg)
     monkeypatch.setattr(policy, "on_device", at_work)
-    for name in ("rollout", "remember", "terms", "update_ema"):
+    for name in ("remember", "terms", "update_ema"):
         needs(generator.Generator, name)
         needs(refiner.Refiner, name)
+    needs(generator.Generator, "draw")
+    needs(refiner.Refiner, "generate")
     run.step(cfg.stages[0], 0)
     run.evaluate(cfg.stages[0])
     run.restore(run.state())

@@ -7,7 +7,7 @@ import os
 import re
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import pytest
 import torch
@@ -16,9 +16,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, Qwen2VLImageProcessorPil
 
-import generator
 from common import ConfigError
-from generator import Generator
 from reward import to_pil
 from rewards import omniaid, probe
 from rewards.omniaid import OmniAid
@@ -285,22 +283,7 @@ def test_a_subject_is_no_help(capsys):
 
 
 def test_a_probe_is_fitted_from_the_command_line(tmp_path, monkeypatch, capsys):
-    """Base pictures and photographs -> a head that loads. The generator is at work when it draws, or offload would fail."""
-    draw = Generator.rollout
-    here = []
-
-    @contextmanager
-    def on_device(model, device):
-        here.append(model)
-        yield
-        here.pop()
-
-    def rollout(self, prompts, *more, **options):
-        assert here or len(prompts) == 2  # those two are the check at load
-        return draw(self, prompts, *more, **options)
-
-    monkeypatch.setattr(generator, "on_device", on_device)
-    monkeypatch.setattr(Generator, "rollout", rollout)
+    """Base pictures and photographs -> a head that loads."""
     monkeypatch.setattr(probe, "PICTURES", 20)
     head = str(tmp_path / "new" / "head.safetensors")
     detector = f"{{kind: rewards/probe.py:Probe, model: nano/clip, args: {{head: {head}}}}}"
