@@ -140,10 +140,10 @@ class Picture(NamedTuple):
 
 
 def interval(whole, *left_out):
-    """A figure, and what it is without each unit (n,) -> v by the jackknife; no interval from one unit
+    """A figure, and what it is without each unit (n,) -> v by the jackknife; None where there is no unit
 
-    var = (n - 1) / n sum (left_out - mean)^2, Student's t with n - 1. For a mean of units this is the t
-    interval. Two samples, as prompts and photographs are, add their variances.
+    var = (n - 1) / n sum (left_out - mean)^2, Student's t with n - 1; no interval from one unit. For a mean of
+    units this is the t interval. Two samples, as prompts and photographs are, add their variances.
     """
     v = {"mean": float(whole), "low": None, "high": None}
     units = min(len(values) for values in left_out)
@@ -152,37 +152,37 @@ def interval(whole, *left_out):
         spread = float(stats.t.ppf(0.975, units - 1) * np.sqrt(variance))
         v["low"] = v["mean"] - spread
         v["high"] = v["mean"] + spread
-    return v
+    return v if units else None
 
 
-def unit_means(pairs):
-    """[(unit, value)] -> {unit: mean}; NaN is a missing value"""
+def mean_draws(pairs):
+    """[(unit, value)] -> the mean over units, each of which counts once, and without each, (n,); NaN is missing"""
     groups = defaultdict(list)
     for unit, value in pairs:
         if np.isfinite(value):
             groups[unit].append(value)
-    return {unit: float(np.mean(values)) for unit, values in groups.items()}
+    means = np.array([np.mean(groups[unit]) for unit in sorted(groups)])  # (n,)
+    n = len(means)
+    return means.sum() / max(n, 1), (means.sum() - means) / max(n - 1, 1)
 
 
 def mean_interval(pairs):
-    """[(unit, value)] -> v of the mean over units, each of which counts once; None if there are none"""
-    means = np.array(list(unit_means(pairs).values()))  # (n,)
-    if len(means) == 0:
-        return None
-    return interval(means.mean(), (means.sum() - means) / max(len(means) - 1, 1))
+    """[(unit, value)] -> v of the mean over units; None if there are none"""
+    return interval(*mean_draws(pairs))
+
+
+def without_each(n):
+    """n masks (n,), each of which leaves one out"""
+    return ~torch.eye(n, dtype=bool)
 
 
 def kid_draws(kernels):
     """reward.mean_kernels -> KID, without each prompt (U,), without each photograph (n,)"""
     xx, xy, yy = kernels  # (U, U), (U, n), (n, n)
-    prompts = []
-    for u in range(len(xx)):
-        rest = torch.arange(len(xx)) != u
-        prompts.append(R.mmd(xx[rest][:, rest], xy[rest], yy))
-    photographs = []
-    for i in range(len(yy)):
-        rest = torch.arange(len(yy)) != i
-        photographs.append(R.mmd(xx, xy[:, rest], yy[rest][:, rest]))
+    prompts = [R.mmd(xx[rest][:, rest], xy[rest], yy) for rest in without_each(len(xx))]
+    photographs = [
+        R.mmd(xx, xy[:, rest], yy[rest][:, rest]) for rest in without_each(len(yy))
+    ]
     return R.mmd(xx, xy, yy), np.array(prompts), np.array(photographs)
 
 
@@ -250,7 +250,7 @@ def fill(name, pictures, micro_batch, make):
     So a killed bench goes on where it was.
     """
     todo = [i for i, picture in enumerate(pictures) if not picture.file.exists()]
-    for rows in tqdm(batches(todo, micro_batch), desc=name):
+    for rows in tqdm(list(batches(todo, micro_batch)), desc=name):
         for i, image in zip(rows, R.to_pil(make(rows))):
             write(pictures[i].file, in_codec(image))
     return pictures
@@ -357,101 +357,91 @@ def list_pictures(contestants, folder):
 # ---------------------------------------------------------------- Detector-Scoring
 
 
-def over(run, cfg, pictures, function):
-    """function(images (b,3,H,W), texts) -> b rows, over all [Picture] in micro-batches -> {name: row}"""
-    rows = {}
-    for chunk in batches(pictures, cfg.micro_batch):
-        images = torch.stack([R.read_image(picture.file) for picture in chunk])
-        texts = [picture.text for picture in chunk]
-        rows |= zip(
-            [picture.name for picture in chunk], function(images.to(run.device), texts)
-        )
-    return rows
+class Files(list):
+    """[Picture]; a slice of it is images (b,3,H,W), read when they are asked for"""
+
+    def __getitem__(self, rows):
+        return torch.stack([R.read_image(x.file) for x in super().__getitem__(rows)])
 
 
-def measure(run, cfg, rewards, pictures):
-    """What each reward says of each picture -> {name: {metric: number}}, the axes' means among them
+def measure(run, rewards, pictures):
+    """What each reward says of each picture -> {name: {metric: number}}, realism's mean among them"""
+    texts = [picture.text for picture in pictures]
+    scores = run.score(rewards, Files(pictures), texts)  # {metric: (n,)}
+    realism = [scores[metric] for metric in run.cfg.bench.axes.get("realism", [])]
+    if realism:
+        scores["heldout"] = torch.stack(realism).mean(0)
+    rows = torch.stack([*scores.values()], 1).tolist()  # (n, metrics)
+    return {
+        picture.name: dict(zip(scores, row)) for picture, row in zip(pictures, rows)
+    }
 
-    With `offload` a reward visits the GPU once, not once a micro-batch.
+
+@torch.no_grad()
+def features_of(run, model, pictures):
+    """What KID compares of [Picture]: (n, D) on the CPU"""
+    chunks = batches(Files(pictures), run.cfg.micro_batch)
+    return torch.cat([model.features(images).cpu() for images in chunks])
+
+
+def score_draws(run, contestants, seen, categories):
+    """-> {path in bench.json: draws} of scores, real, categories; seen {name: {metric: number}}
+
+    Draws are a figure and what it is without each unit. A photograph has the category of the prompt that its
+    caption is.
     """
-    seen = {picture.name: {} for picture in pictures}
-    for metric, reward in rewards.items():
-
-        def rows(images, texts):
-            scores = R.score({metric: reward}, images, texts, cfg.micro_batch)
-            return scores[metric].tolist()  # b
-
-        with R.visiting(reward, run.device if cfg.offload else None):
-            for name, value in over(run, cfg, pictures, rows).items():
-                seen[name][metric] = value
-    for scores in seen.values():
-        detectors = [scores[name] for name in cfg.bench.axes.get("realism", [])]
-        if detectors:
-            scores["heldout"] = float(np.mean(detectors))
-    return seen
-
-
-def figures_of(cfg, contestants, seen, categories):
-    """-> {path in bench.json: [(unit, value)]} of scores, difference, real, categories; seen {name: scores}
-
-    A photograph has the category of the prompt that its caption is.
-    """
-    rewards = cfg.rewards.train | cfg.rewards.heldout
+    rewards = run.cfg.rewards.train | run.cfg.rewards.heldout
     detectors = [name for name in rewards if rewards[name].kind.startswith(P_REAL)]
     detectors.append("heldout")
-    figures = defaultdict(list)
+    pairs = defaultdict(list)  # {path: [(unit, value)]}
     for name, pictures in contestants.items():
         for picture in pictures:
             for metric, value in seen[picture.name].items():
-                figures["scores", name, metric].append((picture.unit, value))
+                pairs["scores", name, metric].append((picture.unit, value))
                 if metric in detectors:
-                    figures["real", name, metric].append((picture.unit, value > 0.5))
+                    pairs["real", name, metric].append((picture.unit, value > 0.5))
                 if picture.text in categories:
                     path = "categories", categories[picture.text], name, metric
-                    figures[path].append((picture.unit, value))
-    for kind, name, metric, *_ in list(figures):
-        if kind == "scores" and name != "photographs":
-            # a picture less base's mean for its prompt, so that what prompts differ by cancels
-            base = unit_means(figures["scores", "base", metric])
-            pairs = figures["scores", name, metric]
-            figures["difference", name, metric] = [
-                (unit, value - base[unit]) for unit, value in pairs
-            ]
-    return figures
+                    pairs[path].append((picture.unit, value))
+    return {path: mean_draws(rows) for path, rows in pairs.items()}
 
 
-def nest(figures):
-    """{path: [(unit, value)]} -> {key: {key: ... v}}"""
+def kid_scores(run, heldout, contestants):
+    """-> {path in bench.json: draws} of each KID"""
+    models = {"kid": run} | {f"kid_{name}": reward for name, reward in heldout.items()}
+    draws = {}
+    for metric, model in models.items():
+        if hasattr(model, "features"):
+            features = {
+                name: features_of(run, model, x) for name, x in contestants.items()
+            }
+            photographs = features.pop("photographs")  # (n, D)
+            for name, x in features.items():
+                units = torch.tensor([picture.unit for picture in contestants[name]])
+                kernels = R.mean_kernels(x, photographs, units)
+                draws["scores", name, metric] = kid_draws(kernels)
+    return draws
+
+
+def differences(draws):
+    """Each contestant's scores less base's, draw by draw, so that what prompts differ by cancels"""
     result = {}
-    for path, pairs in figures.items():
-        node = result
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = mean_interval(pairs)
+    for (kind, name, metric, *_), mine in draws.items():
+        if kind == "scores" and name != "photographs":
+            base = draws["scores", "base", metric]
+            result["difference", name, metric] = [a - b for a, b in zip(mine, base)]
     return result
 
 
-def features_of(run, cfg, pictures, features):
-    """features(images) of all [Picture] -> {name: (D,)} on the CPU"""
-    return over(run, cfg, pictures, lambda images, texts: features(images).cpu())
-
-
-def add_kid(result, metric, contestants, features):
-    """KID of scores and difference; features {name: (D,)}"""
-
-    def of(pictures):
-        return torch.stack([features[picture.name] for picture in pictures])  # (n, D)
-
-    photographs = of(contestants["photographs"])
-    draws = {}
-    for name in result["difference"]:  # base first
-        units = torch.tensor([picture.unit for picture in contestants[name]])
-        draws[name] = kid_draws(
-            R.mean_kernels(of(contestants[name]), photographs, units)
-        )
-        result["scores"][name][metric] = interval(*draws[name])
-        change = [mine - base for mine, base in zip(draws[name], draws["base"])]
-        result["difference"][name][metric] = interval(*change)
+def nest(draws):
+    """{path: draws} -> {key: {key: ... v}}"""
+    result = {}
+    for path, parts in draws.items():
+        node = result
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = interval(*parts)
+    return result
 
 
 # ---------------------------------------------------------------- the judge
@@ -475,29 +465,17 @@ def parse(reply):
     Free text says nothing: "the first is not a real photograph" holds the word `first`.
     """
     text = reply.rpartition("</think>")[2].lower()
-    answers = {}
-    for axis in AXES:
-        found = re.findall(
-            rf"\b{axis}\W*(?:is\W+)?(?:the\W+)?(first|second|tie)\b", text
-        )
-        if found:
-            answers[axis] = found[-1]
-    return answers
+    axis = "|".join(AXES)
+    answer = r"\W*(?:is\W+)?(?:the\W+)?(first|second|tie)\b"
+    return dict(re.findall(rf"\b({axis}){answer}", text))
 
 
 def connect(cfg, device):
     """The model that is asked. ConfigError where there is none, or no key for it."""
-    judge = cfg.bench.judge
-    if judge.kind == "vlm":
-        return Vlm(judge.model, device, dtype=cfg.dtype)
-    return Endpoint(
-        judge.model,
-        base_url=judge.base_url,
-        key=judge.key,
-        timeout=judge.timeout,
-        retries=judge.retries,
-        concurrency=judge.concurrency,
-    )
+    judge = asdict(cfg.bench.judge)
+    if judge.pop("kind") == "vlm":
+        return Vlm(judge["model"], device, dtype=cfg.dtype)
+    return Endpoint(**judge)
 
 
 class Judge:
@@ -518,6 +496,7 @@ class Judge:
             self.name,
             key(PAIR),
         )  # another wording shares no answer with this one
+        self.model = None
         self.calls = Counter()
         self.failed_in_a_row = 0
         self.axes = dict.fromkeys(AXES)
@@ -546,7 +525,7 @@ class Judge:
         if self.cfg.bench.judge.kind == "detector":
             self.answers |= {pair: self.compare(*pair) for pair in todo}
         elif todo:
-            self.model = connect(self.cfg, self.device)
+            self.model = self.model or connect(self.cfg, self.device)  # once
             # an Endpoint has a map of its own, which asks several at a time
             asked = getattr(self.model, "map", map)(self.put, tqdm(todo, desc="judge"))
             self.answers |= {
@@ -791,14 +770,11 @@ def weave(picture, strength):
 
 def repeat(picture, share):
     """The middle of the picture, an eighth of it wide, copied over a share of it from the left"""
-    width = picture.width
-    edge = width // 8
-    tile = picture.crop((3 * edge, 3 * edge, 4 * edge, 4 * edge))
-    out = picture.copy()
-    for x in range(0, int(share * width), edge):
-        for y in range(0, picture.height, edge):
-            out.paste(tile, (x, y))
-    return out
+    edge = picture.width // 8
+    y, x = np.indices(picture.size[::-1])  # (H,W) each
+    pixels = np.asarray(picture)  # (H,W,3)
+    tiles = pixels[3 * edge + y % edge, 3 * edge + x % edge]  # (H,W,3)
+    return as_picture(np.where(x[..., None] < share * picture.width, tiles, pixels))
 
 
 def cast(picture, strength):
@@ -842,21 +818,21 @@ def spoil(picture, distortion, strength):
 
 def ordered(levels):
     """A measure's four levels, from untouched to strong, which should fall -> a row of `selftest`"""
+    levels = np.array(levels).tolist()
     return {
-        "levels": [float(level) for level in levels],
-        "below": bool(max(levels[1:]) < levels[0]),
-        "ordered": bool((np.diff(levels) < 0).all()),
+        "levels": levels,
+        "below": max(levels[1:]) < levels[0],
+        "ordered": levels == sorted(set(levels), reverse=True),
     }
 
 
-def selftest(cfg, judge, photographs, look):
+def selftest(run, judge, heldout, photographs):
     """Spoiled photographs must rank below untouched ones, more spoiled below less -> selftest of bench.json
 
     A measure that does not see this is no measure. Of each metric the mean, of the arena the ratings of the
-    four levels. look([Picture]) -> {name: {metric: number}}
+    four levels.
     """
-    photographs = photographs[: cfg.bench.pairs]
-    metrics = [metric for metrics in cfg.bench.axes.values() for metric in metrics]
+    photographs = photographs[: run.cfg.bench.pairs]
     result = defaultdict(dict)
     for distortion, (_, strengths) in tqdm(DISTORTIONS.items(), desc="selftest"):
         levels = [photographs]
@@ -864,8 +840,8 @@ def selftest(cfg, judge, photographs, look):
             [spoil(x, distortion, strength) for x in photographs]
             for strength in strengths
         ]
-        judge.seen |= look(sum(levels[1:], []))
-        for metric in metrics:
+        judge.seen |= measure(run, heldout, sum(levels[1:], []))
+        for metric in sum(run.cfg.bench.axes.values(), []):
             means = [
                 np.mean([judge.seen[x.name][metric] for x in level]) for level in levels
             ]
@@ -969,12 +945,11 @@ def check(cfg, prompts):
         raise ConfigError(
             f"bench.contestants: {few(b.contestants)}; expected other names than {few(names[:5], 5)}"
         )
-    for axis, metrics in b.axes.items():
-        for metric in metrics:
-            if metric not in cfg.rewards.heldout:
-                raise ConfigError(
-                    f"bench.axes.{axis}: {metric}; expected rewards.heldout's: {few(cfg.rewards.heldout, 9)}"
-                )
+    for metric in sum(b.axes.values(), []):
+        if metric not in cfg.rewards.heldout:
+            raise ConfigError(
+                f"bench.axes: {metric}; expected rewards.heldout's: {few(cfg.rewards.heldout, 9)}"
+            )
     if b.judge.kind == "detector" and not any(b.axes.values()):
         raise ConfigError(
             "bench.judge.kind: detector, but bench.axes is empty; expected vlm or openai"
@@ -1009,21 +984,14 @@ def main(cfg):
     heldout = R.load_rewards(cfg.rewards.heldout, "cpu" if cfg.offload else run.device)
     contestants = gather(run, cfg, prompts, elsewhere, folder)
     list_pictures(contestants, folder.parent)
-    everything = sum(contestants.values(), [])
-    seen = measure(run, cfg, run.rewards | heldout, everything)
+    seen = measure(run, run.rewards | heldout, sum(contestants.values(), []))
     for scores in seen.values():
         scores["reward"] = run.combine(scores)
 
+    draws = score_draws(run, contestants, seen, categories)
+    draws |= kid_scores(run, heldout, contestants)
     result = {"pictures": len(prompts) * b.images, "axes": b.axes}
-    result |= nest(figures_of(cfg, contestants, seen, categories))
-    spaces = {"kid": run.features}
-    for name, reward in heldout.items():
-        if hasattr(reward, "features"):
-            spaces[f"kid_{name}"] = reward.features
-    for metric, features in spaces.items():
-        add_kid(
-            result, metric, contestants, features_of(run, cfg, everything, features)
-        )
+    result |= nest(draws | differences(draws))
 
     judge = Judge(cfg, folder, seen, run.device)
     pictures = by_prompt(contestants, prompts)
@@ -1036,8 +1004,7 @@ def main(cfg):
     if votes:
         result["human"] = compare_people(votes, results[next(iter(judge.axes))])
     if b.selftest:
-        look = lambda pictures: measure(run, cfg, heldout, pictures)
-        result["selftest"] = selftest(cfg, judge, contestants["photographs"], look)
+        result["selftest"] = selftest(run, judge, heldout, contestants["photographs"])
     result["judge"] = judge.summary(len(rows))
     report(cfg, result, gallery(cfg, pictures, prompts, seen))
     print(markdown(result))

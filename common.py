@@ -99,7 +99,7 @@ def torch_seed(use, *numbers):
 
 def batches(items, size):
     """A list, range or tensor, `size` at a time: a batch bounds memory, and changes no result."""
-    return [items[i : i + size] for i in range(0, len(items), size)]
+    return (items[i : i + size] for i in range(0, len(items), size))
 
 
 def check_folder(path, file):

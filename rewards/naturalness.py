@@ -160,7 +160,7 @@ class Naturalness:
     def features(self, images):
         """Whitened statistics, which KID compares: (B,3,H,W) -> (B, D)"""
         mean, whiten, _ = self.fitted(tuple(images.shape[2:]))
-        return (statistics(images).cpu() - mean) @ whiten.T
+        return (statistics(images.to(self.device)).cpu() - mean) @ whiten.T
 
     def __call__(self, images, prompts):
         distance = self.features(images).norm(dim=1, keepdim=True).log()  # (B, 1)

@@ -460,7 +460,7 @@ def test_the_published_layout(tmp_path):
         ("bench.contestants.base=PATH/many", "expected other names than base"),
         ("bench.judge.kind=vlm", "expected"),
         ("bench.judge.kind=openai", "key"),
-        ("rewards.heldout.smooth2=null", "bench.axes.realism: smooth2"),
+        ("rewards.heldout.smooth2=null", "bench.axes: smooth2"),
         ("bench.categories=PATH/one.txt", "PATH/one.txt, for 4 test prompts,"),
         ("bench.human=nowhere.csv", "nowhere.csv"),
         ("out=PATH/new", "PATH/new/generator"),
