@@ -142,8 +142,8 @@ class Picture(NamedTuple):
 def interval(whole, *left_out):
     """A figure, and what it is without each unit (n,) -> v by the jackknife; None where there is no unit
 
-    var = (n - 1) / n sum (left_out - mean)^2, Student's t with n - 1; no interval from one unit. For a mean of
-    units this is the t interval. Two samples, as prompts and photographs are, add their variances.
+    var = (n - 1) / n sum (left_out - mean)^2, Student's t with n - 1; no interval from one unit. For a mean
+    of units this is the t interval. Two samples, as prompts and photographs are, add their variances.
     """
     v = {"mean": float(whole), "low": None, "high": None}
     units = min(len(values) for values in left_out)
@@ -156,7 +156,7 @@ def interval(whole, *left_out):
 
 
 def mean_draws(pairs):
-    """[(unit, value)] -> the mean over units, each of which counts once, and without each, (n,); NaN is missing"""
+    """[(unit, value)], NaN a missing one -> the mean over units, each counts once, and without each, (n,)"""
     groups = defaultdict(list)
     for unit, value in pairs:
         if np.isfinite(value):

@@ -50,8 +50,8 @@ def old_log_probs(kept, rows, log_probs):
 class Policy:
     """What Generator and Refiner share; what GRPO asks of them besides is listed in grpo.py.
 
-    Each has a `name`, `cfg`, `model` and `device`, the `lora_options` of peft's LoraConfig, a `lora_file`, the
-    `prefix` of the names in it, and `read(folder)`, which puts it into the model.
+    Each has a `name`, `cfg`, `model` and `device`, the `lora_options` of peft's LoraConfig, a `lora_file`,
+    the `prefix` of the names in it, and `read(folder)`, which puts it into the model.
     """
 
     lora = {}  # {name: parameter}; none before `add_lora` or `load`

@@ -6,8 +6,8 @@ Every kind comes through one door, `kind` in the config:
 
     classifier    P(real) by any AutoModelForImageClassification; labels found by name
     clip          alignment: cosine or dot product by any CLIPModel (CLIP, LongCLIP, PickScore)
-    file.py:name  yours, or one of rewards/: Vlm, Endpoint, OmniAid, Probe, Naturalness. A *function* is the reward
-                  itself, `args` are its keyword arguments. A *class* is made once, name(model, device,
+    file.py:name  yours, or one of rewards/: Vlm, Endpoint, OmniAid, Probe, Naturalness. A *function* is the
+                  reward itself, `args` are its keyword arguments. A *class* is made once, name(model, device,
                   **args), and the object is the reward.
 
 A detector that can learn (learner.py) also has `logits(images, prompts)` -> (B, 2), [fake, real], with

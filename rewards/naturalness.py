@@ -7,13 +7,13 @@ sigma the mean and the deviation around a pixel, the coefficients of a photograp
 
     z = (x - mu) / (sigma + 5/255)
 
-have nearly the same distribution whatever it shows. Noise, JPEG, smoothing and grids change that of z or of the
-products of neighbours; blur changes how fast the spectrum falls. Statistics of all three are fitted on
-photographs; a picture's distance to them is Mahalanobis's; the reward is the share of other photographs that are
-farther away, so photographs have about 0.5.
-Higher is not more real without end: no photograph is as typical as the mean of all. The nano policy, which never
-trains on this, goes past photographs. So judge with it next to a two-sided measure: bench.py also gives KID of
-these statistics. What happens when a policy trains on it was not tried.
+have nearly the same distribution whatever it shows. Noise, JPEG, smoothing and grids change that of z or of
+the products of neighbours; blur changes how fast the spectrum falls. Statistics of all three are fitted on
+photographs; a picture's distance to them is Mahalanobis's; the reward is the share of other photographs that
+are farther away, so photographs have about 0.5.
+Higher is not more real without end: no photograph is as typical as the mean of all. The nano policy, which
+never trains on this, goes past photographs. So judge with it next to a two-sided measure: bench.py also gives
+KID of these statistics. What happens when a policy trains on it was not tried.
 """
 
 import math
@@ -65,7 +65,7 @@ def shape_of(z):
 
 
 def statistics(images):
-    """(B,3,H,W) in [0,1] -> (B, D): 18 numbers for each of 3 colours and 2 or more scales, 3 variances, 6 slopes
+    """(B,3,H,W) in [0,1] -> (B, D): 18 numbers for each of 3 colours and 2 or more scales, 9 for the whole
 
     Two scales up to 64 pixels, D = 117; one more for each doubling. 32 pixels at least.
     """
@@ -94,7 +94,7 @@ def statistics(images):
 
 
 def whitening(fitted):
-    """Statistics of photographs (n, D) -> their mean (D,), and W (D, D) so that W (f - mean) has variance 1"""
+    """Statistics of photographs (n, D) -> their mean (D,), and W (D, D): W (f - mean) has variance 1"""
     mean = fitted.mean(0)
     std = fitted.std(0) + 1e-6
     # a tenth of the identity: a hundred numbers of a few hundred photographs give no whole covariance
@@ -144,10 +144,10 @@ class Naturalness:
         return torch.cat(rows)
 
     def fit(self, shape):
-        """shape (H, W) -> mean (D,), W (D, D) with |W (f - mean)| the distance, log distances (n,) of the reference
+        """shape (H, W) -> mean (D,), W (D, D) with |W (f - mean)| the distance, the reference's log distances (n,)
 
-        All photographs are fitted. Each half of the reference is measured by a fit without it, or it would stand
-        nearer than a picture can.
+        All photographs are fitted. Each half of the reference is measured by a fit without it, or it would
+        stand nearer than a picture can.
         """
         fitted, others = (self.photographs(path, shape) for path in self.paths)
         halves = others[::2], others[1::2]
