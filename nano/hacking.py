@@ -123,9 +123,8 @@ def measure(cfg, lessons):
     photos, learn_from = run.real(photos), Photographs(cfg.photos, size, run.real)
     prompts, M = grpo.read_prompts(cfg.test_prompts), cfg.bench.images
     owners = [p for p in prompts for _ in range(M)]
-    keys = [
-        ("bench", p, m) for p in range(len(prompts)) for m in range(M)
-    ]  # the noise of bench.py's pictures
+    # the noise of bench.py's pictures
+    keys = [("bench", p, m) for p in range(len(prompts)) for m in range(M)]
     result = {"steps": [r["step"] for r in rows_of(cfg) if "validation" in r], "scores": {}, "features": []}
     result["photographs"] = {n: v.mean().item() for n, v in run.score(rewards, photos, texts).items()}
     looks = sorted((out / "looks").iterdir())
@@ -325,7 +324,6 @@ if __name__ == "__main__":
     )
     parser.add_argument("--out", default="out/hacking")
     parser.add_argument("--figure", default="assets/hacking.png")
-    parser.add_argument(
-        "--one", nargs=2, help=argparse.SUPPRESS
-    )  # kind and seed: the processes that this one starts
+    # kind and seed: the processes that this one starts
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     grpo.cli(lambda: main(parser.parse_args()))

@@ -144,7 +144,7 @@ class Naturalness:
         return torch.cat(rows)
 
     def fit(self, shape):
-        """shape (H, W) -> mean (D,), W (D, D) with |W (f - mean)| the distance, the reference's log distances (n,)
+        """shape (H, W) -> mean (D,), W (D, D), log distances (n,) of the reference by |W (f - mean)|
 
         All photographs are fitted. Each half of the reference is measured by a fit without it, or it would
         stand nearer than a picture can.

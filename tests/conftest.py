@@ -101,6 +101,7 @@ def damage(file, kind):
         "unexpected": {name: tensor, "extra": tensor.clone()},
         "renamed": {f"{name}.other": tensor},
         "not finite": {name: tensor / 0},
+        "reshaped": {name: tensor[..., :1].clone()},
     }
     save_file(weights | instead[kind], file, {"format": "pt"})
 

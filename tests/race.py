@@ -46,9 +46,9 @@ def main(seeds):
         best = max(looks["published", seed], key=lambda look: look["score"])
         ours = looks["default", seed]
         reached = [look["seconds"] for look in ours if look["score"] >= best["score"]]
-        when, share = (
-            (f"{reached[0]:.0f}", f"{reached[0] / best['seconds']:.2f}") if reached else ("never", "")
-        )
+        when, share = "never", ""
+        if reached:
+            when, share = f"{reached[0]:.0f}", f"{reached[0] / best['seconds']:.2f}"
         top = max(look["score"] for look in ours)
         print(f"| {seed} | {best['score']:.3f} | {best['seconds']:.0f} | {when} | {share} | {top:.3f} |")
     figure, axes = plt.subplots(1, len(PANELS), figsize=(15, 4.2), layout="tight")

@@ -371,7 +371,7 @@ def test_ema_and_live_weights_never_alias(tiny_generator):
     assert_close(gen.ema[name], start + moved[-1])
 
 
-@pytest.mark.parametrize("kind", ["renamed", "not finite"])
+@pytest.mark.parametrize("kind", ["renamed", "reshaped", "not finite"])
 def test_the_saved_lora_is_the_average_and_a_damaged_one_is_refused(tiny_generator, tmp_path, kind):
     """Loaded, it can be trained. Libraries skip names that they do not know."""
     gen = tiny_generator()
