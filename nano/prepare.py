@@ -693,13 +693,16 @@ class Muon:
 
     @staticmethod
     def orthogonal(x):
-        """(n, rows, columns) -> the same with singular values near 1; bfloat16 is exact enough for it"""
+        """(n, rows, columns) -> the same with singular values near 1
+
+        Not in bfloat16, as published: a CPU without units for it took 1.85 s a step in place of 0.09.
+        """
         wide = x if x.shape[1] <= x.shape[2] else x.mT
-        wide = (wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
+        wide = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
         for _ in range(5):
             a = wide @ wide.mT
             wide = 3.4445 * wide + (-4.775 * a + 2.0315 * a @ a) @ wide
-        return (wide if x.shape[1] <= x.shape[2] else wide.mT).float()
+        return wide if x.shape[1] <= x.shape[2] else wide.mT
 
 
 def save_half(model, folder):
