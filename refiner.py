@@ -63,7 +63,7 @@ class RefinerConfig:
     clip_range: float = bounded("positive", 0.2)
     clip_range_high: float = bounded("positive", 0.28)
     beta: float = bounded("natural", 0.04)
-    cues: list[str] = field(default_factory=lambda: list(CUES))
+    cues: list[str] = field(default_factory=CUES.copy)
 
 
 @dataclass
@@ -85,8 +85,10 @@ def chat(tokenizer, prompts, system_prompt, examples):
     """Prompts -> the chats that the LLM continues; examples {user's words: rewrite} are earlier turns."""
     head = [{"role": "system", "content": system_prompt}]
     for words, rewrite in examples.items():
-        head.append({"role": "user", "content": words})
-        head.append({"role": "assistant", "content": f"<answer>{rewrite}</answer>"})
+        head += [
+            {"role": "user", "content": words},
+            {"role": "assistant", "content": f"<answer>{rewrite}</answer>"},
+        ]
     chats = [[*head, {"role": "user", "content": prompt}] for prompt in prompts]
     return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
 
@@ -100,12 +102,6 @@ def read_answer(text):
 def cue_share(texts, cues):
     """Share of texts that hold at least one photographic cue; for people, no reward"""
     return sum(any(cue.lower() in text.lower() for cue in cues) for text in texts) / len(texts)
-
-
-def k3_kl(log_probs, ref_log_probs):
-    """Schulman's k3 estimate of KL(policy || reference) per token, >= 0: (b, L) -> (b, L)"""
-    d = ref_log_probs - log_probs
-    return d.exp() - d - 1
 
 
 def sample_by_row(rngs, temperature):
@@ -124,7 +120,7 @@ def sample_by_row(rngs, temperature):
                 "refiner: its logits are not finite: it has diverged; a lower refiner.lr may help"
             )
         # (B, 1) in [0, 1)
-        u = torch.tensor([[r.random()] for r in rngs], dtype=cdf.dtype, device=cdf.device)
+        u = cdf.new_tensor([[r.random()] for r in rngs])
         # (B, 1), the first whose cdf exceeds u
         token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
@@ -317,6 +313,8 @@ class Refiner(Policy):
         if self.cfg.beta:
             with torch.no_grad(), self.reference():
                 ref_log_probs = self.log_probs(record, rows)[0]  # (b, K+L)
-            kl = k3_kl(log_probs, ref_log_probs)
+            # Schulman's k3 estimate of KL(policy || reference) per token, >= 0
+            d = ref_log_probs - log_probs
+            kl = d.exp() - d - 1
         divisors = {"dapo": 1, "grpo": length, "dr_grpo": self.cfg.max_new_tokens, "gspo": length}
         yield log_ratio, kl, 1.0, mask / divisors[self.cfg.loss], {"entropy": entropy}
