@@ -144,50 +144,48 @@ class Refiner(Policy):
     ):
         """offload: it waits on the CPU outside `at_work`. generator: whose text encoder it may be."""
         self.cfg = cfg
-        self.device = torch.device(device)
+        self.device = device
         self.micro_batch = micro_batch
         if cfg.model == "text_encoder":  # one set of weights, with the LoRA where it writes
             self.model = generator.text_encoder
             self.tokenizer = generator.pipe.tokenizer
             generator.without_lora = self.reference
-            if self.model.get_output_embeddings() is None:
-                raise ConfigError(
-                    f"refiner.model: text_encoder is a {type(self.model).__name__}; expected one that "
-                    "writes, such as FLUX.2-klein's Qwen3ForCausalLM"
-                )
         else:
-            self.load_model(dtype)
-            self.model.to("cpu" if offload else device)
+            check_folder(cfg.model, "config.json")
+            with loading(cfg.model):
+                self.tokenizer = AutoTokenizer.from_pretrained(cfg.model)
+            check_tokenizer(cfg.model, self.tokenizer)
+            self.model = load_model(
+                AutoModelForCausalLM,
+                cfg.model,
+                dtype=dtype,
+                **quantized(cfg.quantize, AutoModelForCausalLM, dtype),
+            )
+            self.model.requires_grad_(False).to("cpu" if offload else device)
+        with self.at_work():
+            self.check_head()
         # one that is not instruction-tuned has no template
         with loading(f"refiner: chat template of {cfg.model}"):
             chat(self.tokenizer, ["a photo"], cfg.system_prompt, cfg.examples)
         # Llama's has none; the mask hides whatever stands there
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        with self.at_work():
-            self.check_head()
-
-    def load_model(self, dtype):
-        """Base and tokenizer of cfg.model"""
-        check_folder(self.cfg.model, "config.json")
-        with loading(self.cfg.model):
-            self.tokenizer = AutoTokenizer.from_pretrained(self.cfg.model)
-        check_tokenizer(self.cfg.model, self.tokenizer)
-        options = quantized(self.cfg.quantize, AutoModelForCausalLM, dtype)
-        self.model = load_model(AutoModelForCausalLM, self.cfg.model, dtype=dtype, **options)
-        self.model.requires_grad_(False).eval()
 
     @torch.no_grad()
     def check_head(self):
         """token_log_probs knows heads that are one matrix: no bias, soft cap or scale. Two tokens tell."""
         ids = torch.arange(2, device=self.device)[None]  # (1, 2)
-        hidden, weight = self.hidden(ids, torch.ones_like(ids))
-        if not torch.allclose(
-            self.model(input_ids=ids).logits, hidden @ weight.T, rtol=0.02, atol=0.02
+        head = self.model.get_output_embeddings()
+        if head is None or not torch.allclose(
+            self.model(input_ids=ids).logits,
+            self.hidden(ids, torch.ones_like(ids)) @ head.weight.T,
+            rtol=0.02,
+            atol=0.02,
         ):
             raise ConfigError(
-                f"refiner.model: {self.cfg.model} has a head that is more than one matrix (a bias, a scale "
-                "or a soft cap); expected a model such as Qwen3, Llama or SmolLM"
+                f"refiner.model: {self.cfg.model} is a {type(self.model).__name__}, with no head or one that "
+                "is more than one matrix (a bias, a scale or a soft cap); expected a model such as Qwen3, "
+                "Llama or SmolLM"
             )
 
     def read(self, folder):
@@ -210,41 +208,44 @@ class Refiner(Policy):
         else, so that a prompt keeps its rewrites in whatever batch it comes. temperature: None for
         use_temperature; what trains is sampled at `temperature`.
         """
-        chats = chat(self.tokenizer, prompts, self.cfg.system_prompt, self.cfg.examples)
-        heads = self.tokenizer(
-            chats,
+        words = [prompt for prompt in prompts for _ in range(num_rewrites)]  # B
+        rngs = [rng(*key, n) for key in keys for n in range(num_rewrites)]
+        chats = self.tokenizer(
+            chat(self.tokenizer, words, self.cfg.system_prompt, self.cfg.examples),
             padding=True,
             padding_side="left",
             add_special_tokens=False,
             return_tensors="pt",
         ).to(self.device)
-        ids = heads["input_ids"].repeat_interleave(num_rewrites, 0)  # (B, K)
-        attention = heads["attention_mask"].repeat_interleave(num_rewrites, 0)  # (B, K)
-        rngs = [rng(*key, n) for key in keys for n in range(num_rewrites)]
+        ids = chats.input_ids  # (B, K)
+        attention = chats.attention_mask  # (B, K)
         temperature = temperature or self.cfg.use_temperature
         with self.at_work():
-            completion = self.generate(ids, attention, rngs, temperature)  # (B, L)
-        eos = torch.tensor(self.model.generation_config.eos_token_id, device=self.device).flatten()
+            whole = self.generate(ids, attention, rngs, temperature)  # (B, K+L)
+        completion = whole[:, ids.shape[1] :]  # (B, L)
+        eos = completion.new_tensor(self.model.generation_config.eos_token_id)  # one, or several
         is_end = torch.isin(completion, eos).long()
-        mask = (is_end.cumsum(1) - is_end == 0).long()  # (B, L), the first end token counts
+        mask = is_end.cumsum(1) - is_end == 0  # (B, L), the first end token counts
         # behind the first end token stands padding, which is special too
         written = self.tokenizer.batch_decode(completion, skip_special_tokens=True)
         answers = [read_answer(text) for text in written]
-        texts = [answer or prompts[i // num_rewrites] for i, answer in enumerate(answers)]
         record = Rewrites(
-            texts=texts,
-            ids=torch.cat([ids, completion], 1),
+            texts=[answer or prompt for answer, prompt in zip(answers, words)],
+            ids=whole,
             attention=torch.cat([attention, mask], 1),
             mask=torch.cat([torch.zeros_like(ids), mask], 1).float(),
             bad_format=torch.tensor([float(not answer) for answer in answers]),
         )
-        return texts, record
+        return record.texts, record
 
     def generate(self, ids, attention, rngs, temperature):
-        """Chats (B, K) -> completions (B, L), one micro-batch at a time, padded behind their end tokens"""
+        """Chats (B, K) -> the same with completions (B, K+L), padded behind their end tokens
+
+        One micro-batch at a time.
+        """
         parts = []
         for rows in batches(range(len(ids)), self.micro_batch):
-            whole = self.model.generate(
+            parts += self.model.generate(
                 input_ids=ids[rows],
                 attention_mask=attention[rows],
                 do_sample=False,  # sample_by_row has drawn
@@ -252,8 +253,7 @@ class Refiner(Policy):
                 repetition_penalty=1.0,  # some models bring another, which log_probs would not know
                 max_new_tokens=self.cfg.max_new_tokens,
                 pad_token_id=self.tokenizer.pad_token_id,
-            )  # (b, K+l)
-            parts += whole[:, ids.shape[1] :]  # b of (l,)
+            )  # b of (K+l,)
         return pad_sequence(parts, batch_first=True, padding_value=self.tokenizer.pad_token_id)
 
     # ------------------------------------------------ log-probs
@@ -264,27 +264,30 @@ class Refiner(Policy):
         Taken at the sampling temperature. Columns that no row uses are not computed, nor the head where
         nothing follows.
         """
-        mask = record.mask[rows] > 0  # (b, K+L)
-        used = record.attention[rows].any(0)  # (K+L,) columns with a token in any row, k of them
-        ids = record.ids[rows][:, used]  # (b, k)
-        hidden, weight = self.hidden(ids, record.attention[rows][:, used])  # (b, k, D), (V, D)
-        predicted = mask[:, used][:, 1:]  # (b, k-1), of n completion tokens
-        hidden = hidden[:, :-1][predicted]  # (n, D), the position before each
+        ids = record.ids[rows]  # (b, K+L), and so are the next three
+        attention = record.attention[rows]
+        mask = record.mask[rows]
+        sampled = mask > 0  # n tokens, none of them in the first column
+        used = attention.any(0)  # (K+L,) columns with a token in any row, k of them
+        hidden = self.hidden(ids[:, used], attention[:, used])  # (b, k, D)
+        # what is read before each token
+        hidden = hidden[sampled[:, used].roll(-1, 1)]  # (n, D)
+        weight = self.model.get_output_embeddings().weight  # (V, D)
         # (n,), (n,)
-        values = token_log_probs(hidden, weight, ids[:, 1:][predicted], self.cfg.temperature)
-        zeros = torch.zeros(mask.shape, device=mask.device)
-        return [zeros.masked_scatter(mask, value) for value in values]
+        values = token_log_probs(hidden, weight, ids[sampled], self.cfg.temperature)
+        zeros = torch.zeros_like(mask)
+        return [zeros.masked_scatter(sampled, value) for value in values]
 
     def hidden(self, ids, attention):
-        """ids, attention (b, K) -> what the head reads (b, K, D), and the head's weight (V, D)"""
-        positions = (attention.cumsum(1) - 1).clamp(min=0)  # left padding must not shift positions
+        """ids, attention (b, K) -> what the head reads (b, K, D)"""
         states = self.model.base_model(
             input_ids=ids,
             attention_mask=attention,
-            position_ids=positions,
+            # left padding must not shift them
+            position_ids=(attention.cumsum(1) - 1).clamp(min=0),
             use_cache=False,
         )
-        return states.last_hidden_state, self.model.get_output_embeddings().weight
+        return states.last_hidden_state
 
     # ------------------------------------------------ what GRPO asks of a policy
 
@@ -302,13 +305,16 @@ class Refiner(Policy):
         record.kept |= dict(zip(rows, self.log_probs(record, rows)[0]))
 
     def terms(self, record, rows):
-        """-> log_ratio (b, K+L) with grad, kl, scale, weight (zero outside the mask), {"entropy"}"""
+        """-> log_ratio with grad, kl, scale, weight, {"entropy"}: (b, K+L) each, but for the scale
+
+        weight is zero outside the mask. gspo has one log_ratio a rewrite, (b, 1).
+        """
         log_probs, entropy = self.log_probs(record, rows)  # (b, K+L)
         mask = record.mask[rows]  # (b, K+L)
         length = mask.sum(1, keepdim=True)  # (b, 1)
         log_ratio = log_probs - old_log_probs(record.kept, rows, log_probs)
         if self.cfg.loss == "gspo":
-            log_ratio = (log_ratio.sum(1, keepdim=True) / length).expand_as(mask)
+            log_ratio = log_ratio.sum(1, keepdim=True) / length  # (b, 1)
         kl = torch.zeros_like(mask)
         if self.cfg.beta:
             with torch.no_grad(), self.reference():
