@@ -21,7 +21,6 @@ import io
 import json
 import sys
 import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -65,7 +64,7 @@ class RewardsConfig:
             setattr(self, name, {n: r for n, r in getattr(self, name).items() if r})
 
     def check(self):
-        if sum(r.weight for r in self.train.values()) == 0:
+        if not any(r.weight for r in self.train.values()):
             raise ConfigError(
                 "rewards.train: the weights sum to 0; expected one reward with a weight above 0"
             )
@@ -194,12 +193,12 @@ class Preprocess:
             bilinear = values.get("resample") == Image.Resampling.BILINEAR
             self.pixels = size
             self.mode = "bilinear" if bilinear else "bicubic"
-            self.mean = torch.tensor(values["image_mean"]).view(3, 1, 1)
-            self.std = torch.tensor(values["image_std"]).view(3, 1, 1)
+            self.statistics = torch.tensor([values["image_mean"], values["image_std"]])  # (2, 3)
 
     def __call__(self, images):
         images = resize(images, self.pixels, self.mode)  # (B,3,pixels,pixels)
-        return (images - self.mean.to(images.device)) / self.std.to(images.device)
+        mean, std = self.statistics.to(images.device)[:, :, None, None]  # (3,1,1) each
+        return (images - mean) / std
 
 
 # ---------------------------------------------------------------- kinds
@@ -331,13 +330,10 @@ def find_kind(name, cfg):
 
 def load_rewards(configs, device="cpu"):
     """{name: RewardConfig} -> {name: reward}. Models load once, here."""
-    kinds = {name: find_kind(name, cfg) for name, cfg in configs.items()}
-    rewards = {}
-    for name, cfg in configs.items():
-        if inspect.isclass(kinds[name]):
-            rewards[name] = kinds[name](cfg.model, device, **cfg.args)
-        else:
-            rewards[name] = partial(kinds[name], **cfg.args)
+    rewards = {name: partial(find_kind(name, cfg), **cfg.args) for name, cfg in configs.items()}
+    for name, reward in rewards.items():
+        if inspect.isclass(reward.func):
+            rewards[name] = reward(configs[name].model, device)
     return rewards
 
 
@@ -362,20 +358,6 @@ def score_batch(name, reward, images, prompts):
     return value.cpu()
 
 
-@contextmanager
-def visiting(reward, device):
-    """Inside, the reward's model is on the device, and afterwards on the CPU; a device of None leaves it."""
-    model = getattr(reward, "model", None)
-    moves = device and hasattr(model, "to")
-    if moves:
-        model.to(device)
-    try:
-        yield
-    finally:
-        if moves:
-            model.to("cpu")
-
-
 @torch.no_grad()
 def score(rewards, images, prompts, micro_batch=64, visit=None):
     """Every reward of every picture (B,3,H,W): {name: (B,) f32 on the CPU}
@@ -384,9 +366,17 @@ def score(rewards, images, prompts, micro_batch=64, visit=None):
     """
     scores = {}
     for name, reward in rewards.items():
-        parts = []
-        with visiting(reward, visit):
-            for x, texts in zip(batches(images, micro_batch), batches(prompts, micro_batch)):
-                parts.append(score_batch(name, reward, x, texts))  # (b,)
+        model = getattr(reward, "model", None)
+        visits = visit and hasattr(model, "to")  # a server's model is its name
+        try:
+            if visits:
+                model.to(visit)
+            parts = [
+                score_batch(name, reward, x, texts)  # (b,)
+                for x, texts in zip(batches(images, micro_batch), batches(prompts, micro_batch))
+            ]
+        finally:
+            if visits:
+                model.to("cpu")
         scores[name] = torch.cat(parts)  # (B,)
     return scores
