@@ -26,7 +26,7 @@ from transformers.image_utils import (
 )
 
 from common import check_finite, loading
-from reward import frozen, p_real, resize
+from reward import Classifier, frozen, resize
 
 # ViT-L/14, as in all the published files; whether it sees 336 or 224 pixels shows in the file
 SHAPE = {
@@ -121,12 +121,13 @@ def read_state(path):
     return tensors
 
 
-class OmniAid:
-    """The reward, P(real). ConfigError: no such file; names, shapes or numbers that are not a whole model's.
+class OmniAid(Classifier):
+    """The reward, P(real), and like a Classifier it can learn: head and experts do.
 
-    Pictures are prepared as published, but in float: resized to 512 x 512, then to the model's size, both
-    bilinear. file: its name in a Hub repository. resize: pixels of the first resize, 0 for none. imagenet:
-    normalise with its statistics instead of CLIP's. Effort takes resize 0 and imagenet true.
+    ConfigError: no such file; names, shapes or numbers that are not a whole model's. Pictures are prepared as
+    published, but in float: resized to 512 x 512, then to the model's size, both bilinear. file: its name in
+    a Hub repository. resize: pixels of the first resize, 0 for none. imagenet: normalise with its statistics
+    instead of CLIP's. Effort takes resize 0 and imagenet true.
     """
 
     def __init__(self, model, device="cpu", *, file="", resize=512, imagenet=False):
@@ -135,15 +136,11 @@ class OmniAid:
             self.model = Network(state)
             self.model.load_state_dict(state)
         frozen(self.model, device)
+        self.learn = ("head.", "_experts.")  # as in the published detector that learns
         self.resize = resize
         self.statistics = [OPENAI_CLIP_MEAN, OPENAI_CLIP_STD]
         if imagenet:
             self.statistics = [IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD]
-
-    def trainable(self):
-        """Head and experts, as in the published detector that learns"""
-        named = self.model.named_parameters()
-        return [p for name, p in named if "head." in name or "_experts." in name]
 
     def preprocess(self, images):
         """(B,3,H,W) in [0,1] -> normalised (B,3,h,w)"""
@@ -156,6 +153,3 @@ class OmniAid:
     def logits(self, images, prompts=None):
         pixels = self.preprocess(images.to(self.model.device))  # (B,3,h,w)
         return self.model(pixels).flip(-1)  # (B, 2), [fake, real]
-
-    def __call__(self, images, prompts):
-        return p_real(self.logits(images))  # (B,)
