@@ -23,12 +23,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from common import loading
+from common import load_model
+from pipeline import reconstruct
 from reward import frozen, read_photos
 
 # luminance, red against green, yellow against blue
-OPPONENT = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])
-OPPONENT = OPPONENT / OPPONENT.norm(dim=1, keepdim=True)
+OPPONENT = F.normalize(
+    torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])
+)
 NEIGHBOURS = [(0, 1), (1, 0), (1, 1), (1, -1)]  # dy, dx
 # what counts as flat; of 1, 3, 5 and 8 grey levels this one ranks most distortions of the bench
 CONTRAST = 5 / 255
@@ -37,17 +39,21 @@ SOFTNESS = 0.05  # of the rank, in log distance: beyond the last photograph ther
 
 def around(x):
     """Gaussian mean of 7 x 7 pixels: (B,C,H,W) -> the same"""
-    line = torch.exp(
-        -(torch.arange(-3.0, 4.0, device=x.device) ** 2) / 2 / (7 / 6) ** 2
-    )  # (7,)
-    line = (line / line.sum()).expand(x.shape[1], 1, 1, 7)  # (C,1,1,7)
+    pixels = torch.arange(-3.0, 4.0, device=x.device)
+    line = (-(pixels**2) / 2 / (7 / 6) ** 2).softmax(0)  # (7,), of sum 1
+    line = line.expand(x.shape[1], 1, 1, 7)  # (C,1,1,7)
     x = F.pad(x, (3, 3, 3, 3), mode="reflect")
     x = F.conv2d(x, line, groups=x.shape[1])
     return F.conv2d(x, line.transpose(2, 3), groups=x.shape[1])
 
 
+def average(x):
+    return x.mean((2, 3))  # (B,C,H,W) -> (B, C)
+
+
 def energy(x):
-    return x.square().mean((2, 3)) + 1e-6  # (B,C,H,W) -> (B, C), above 0 for a flat picture too
+    # above 0 for a flat picture too
+    return average(x.square()) + 1e-6  # (B, C)
 
 
 def shape_of(z):
@@ -57,10 +63,10 @@ def shape_of(z):
     """
     square = z.square()
     # 0.003: a picture without any grain is far from photographs, but not without bound
-    second = square.mean((2, 3)) + 0.003  # (B, C)
-    left = (square * (z < 0)).mean((2, 3)) + 0.003
-    right = (square * (z > 0)).mean((2, 3)) + 0.003
-    heavy = z.abs().mean((2, 3)).square() / second
+    second = average(square) + 0.003  # (B, C)
+    left = average(square * (z < 0)) + 0.003
+    right = average(square * (z > 0)) + 0.003
+    heavy = average(z.abs()).square() / second
     return torch.stack([second.log(), heavy, (left / right).log()], -1)
 
 
@@ -70,7 +76,8 @@ def statistics(images):
     Two scales up to 64 pixels, D = 117; one more for each doubling. 32 pixels at least.
     """
     x = torch.einsum("oc,bchw->bohw", OPPONENT.to(images.device), images)  # (B,3,H,W)
-    scales = 2 + max(0, math.ceil(math.log2(min(images.shape[2:]) / 64)))
+    doublings = math.log2(min(images.shape[2:]) / 64)
+    scales = 2 + max(0, math.ceil(doublings))
     found = [(x.var((2, 3)) + 1e-6).log()]  # (B, 3)
     for axis in (2, 3):
         # how fast the spectrum falls: z hides a weak blur, because sigma shrinks along with x - mu
@@ -79,35 +86,38 @@ def statistics(images):
         found.append(ratio.log())  # (B, 3)
     for _ in range(scales):
         mean = around(x)
-        deviation = (
-            (around(x.square()) - mean.square()).clamp(min=0).sqrt()
-        )  # (B,3,H,W)
-        z = (x - mean) / (deviation + CONTRAST)
-        maps = [z] + [z * z.roll(step, (2, 3)) for step in NEIGHBOURS]
-        local = (deviation + CONTRAST).log()
+        variance = around(x.square()) - mean.square()
+        contrast = variance.clamp(min=0).sqrt() + CONTRAST  # (B,3,H,W)
+        z = (x - mean) / contrast
+        maps = [z]
+        for step in NEIGHBOURS:
+            maps.append(z * z.roll(step, (2, 3)))
         found += [shape_of(m).flatten(1) for m in maps]  # (B, 9) each
-        found += [local.mean((2, 3)), local.std((2, 3))]  # (B, 3) each
+        found.append(average(contrast.log()))  # (B, 3)
+        found.append(contrast.log().std((2, 3)))  # (B, 3)
         # a cast moves what luminance and colours have in common; light and shade alone move all three
-        found.append((z * z.roll(1, 1)).mean((2, 3)))  # (B, 3)
+        found.append(average(z * z.roll(1, 1)))  # (B, 3)
         x = F.avg_pool2d(x, 2)
     return torch.cat(found, 1)
 
 
 def whitening(fitted):
-    """Statistics of photographs (n, D) -> their mean (D,), and W (D, D): W (f - mean) has variance 1"""
+    """Statistics of photographs (n, D) -> the function of rows (m, D) that gives them mean 0 and variance 1
+
+    The norm of what it returns is Mahalanobis's distance.
+    """
     mean = fitted.mean(0)
     std = fitted.std(0) + 1e-6
+    correlation = torch.corrcoef(fitted.T)  # (D, D)
     # a tenth of the identity: a hundred numbers of a few hundred photographs give no whole covariance
-    correlation = 0.9 * torch.corrcoef(((fitted - mean) / std).T) + 0.1 * torch.eye(
-        len(std)
-    )
+    correlation = 0.9 * correlation + 0.1 * torch.eye(len(std))
     values, vectors = torch.linalg.eigh(correlation)
-    return mean, (vectors / values.sqrt()).T / std
+    vectors = vectors / values.sqrt()
+    return lambda rows: (rows - mean) / std @ vectors
 
 
-def log_distance(rows, mean, whiten):
-    """Mahalanobis: rows (n, D) -> (n,)"""
-    return ((rows - mean) @ whiten.T).norm(dim=1).log()
+def log_norm(rows):
+    return rows.norm(dim=1).log()  # (n, D) -> (n,)
 
 
 class Naturalness:
@@ -122,11 +132,8 @@ class Naturalness:
         self.paths = model, reference
         self.vae = None
         if autoencoder:
-            with loading(autoencoder):
-                vae = AutoencoderKL.from_pretrained(
-                    autoencoder, subfolder="vae", dtype=torch.float32
-                )
-            self.vae = frozen(vae, device)
+            options = dict(subfolder="vae", dtype=torch.float32)
+            self.vae = frozen(load_model(AutoencoderKL, autoencoder, **options), device)
         self.device = device
         # pictures of a run have one size
         self.fitted = lru_cache(1)(self.fit)
@@ -134,35 +141,32 @@ class Naturalness:
     @torch.no_grad()
     def photographs(self, path, shape):
         """Statistics of the photographs of a list: (n, D)"""
-        rows = []
-        for images in read_photos(path, shape)[0].split(64):
-            images = images.to(self.device)
-            if self.vae:
-                latents = self.vae.encode(images * 2 - 1).latent_dist.mode()
-                images = (self.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
-            rows.append(statistics(images).cpu())
+        images, _ = read_photos(path, shape)  # (n,3,H,W)
+        if self.vae:
+            images = reconstruct(self.vae, images, self.device, 64)
+        rows = [statistics(part.to(self.device)).cpu() for part in images.split(64)]
         return torch.cat(rows)
 
     def fit(self, shape):
-        """shape (H, W) -> mean (D,), W (D, D), log distances (n,) of the reference by |W (f - mean)|
+        """shape (H, W) -> the whitening of photographs, and log distances (n,) of the reference
 
         All photographs are fitted. Each half of the reference is measured by a fit without it, or it would
         stand nearer than a picture can.
         """
         fitted, others = (self.photographs(path, shape) for path in self.paths)
         halves = others[::2], others[1::2]
-        distances = [
-            log_distance(half, *whitening(torch.cat([fitted, other])))
-            for half, other in (halves, halves[::-1])
-        ]
-        return *whitening(torch.cat([fitted, others])), torch.cat(distances)
+        distances = []
+        for half, other in (halves, halves[::-1]):
+            whiten = whitening(torch.cat([fitted, other]))
+            distances.append(log_norm(whiten(half)))
+        return whitening(torch.cat([fitted, others])), torch.cat(distances)
 
     def features(self, images):
         """Whitened statistics, which KID compares: (B,3,H,W) -> (B, D)"""
-        mean, whiten, _ = self.fitted(tuple(images.shape[2:]))
-        return (statistics(images.to(self.device)).cpu() - mean) @ whiten.T
+        whiten, _ = self.fitted(tuple(images.shape[2:]))
+        return whiten(statistics(images.to(self.device)).cpu())
 
     def __call__(self, images, prompts):
-        distance = self.features(images).norm(dim=1, keepdim=True).log()  # (B, 1)
-        _, _, others = self.fitted(tuple(images.shape[2:]))
+        distance = log_norm(self.features(images))[:, None]  # (B, 1)
+        _, others = self.fitted(tuple(images.shape[2:]))
         return torch.sigmoid((others - distance) / SOFTNESS).mean(1)  # (B,)
