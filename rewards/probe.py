@@ -97,9 +97,9 @@ def cross_validate(features, labels, folds):
         shares = []  # told apart, of each fold by a head that has not seen its prompts
         for fold in range(FOLDS):
             held = folds == fold  # (n,)
-            z = fit(features[~held], labels[~held], penalty)(features[held])[:, 0]
-            right = ((z > 0) == labels[held]).float()
-            shares.append(round(right.mean().item(), 3))
+            head = fit(features[~held], labels[~held], penalty)
+            right = (head(features[held])[:, 0] > 0) == labels[held]
+            shares.append(round(right.float().mean().item(), 3))
         accuracy[penalty] = sum(shares) / FOLDS
         print(
             f"penalty {penalty}: accuracy on held-back prompts {accuracy[penalty]:.3f}, by fold {shares}"
