@@ -37,9 +37,8 @@ def per_sample_mean(x):
     return x.flatten(1).mean(1)  # (B, ...) -> (B,)
 
 
-def gaussian_log_prob(x_next, mean, std):
-    """log N(x_next; mean, std^2), a mean over latent dimensions: (B, ...) -> (B,)"""
-    square = per_sample_mean((x_next - mean) ** 2)
+def gaussian_log_prob(square, std):
+    """log N(x_next; mean, std^2), a mean over latent dimensions -> (B,); square (B,) is mean((x_next - mean)^2)"""
     return -square / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
 
 
@@ -68,7 +67,8 @@ def sde_log_ratio_ref(x, v, x_next, old_v, ref_v, c_x, c_v, std):
     drift = c_x * x.float()  # (B, ...)
     mean = drift + c_v * v
     old_mean = drift + c_v * old_v.float()
-    log_prob = gaussian_log_prob(x_next, mean, std)  # (B,)
+    square = per_sample_mean((x_next - mean) ** 2)  # (B,)
+    log_prob = gaussian_log_prob(square, std)
     guard = guard_log_ratio(x_next, mean, old_mean, std)
     return log_prob, guard, velocity_kl(v, ref_v)
 
@@ -168,8 +168,7 @@ def sde_log_ratio(x, v, x_next, old_v, ref_v, c_x, c_v, std):
         return sde_log_ratio_ref(x, v, x_next, old_v, ref_v, c_x, c_v, std)
     means = _StepMeans.apply(c_x, c_v, x, v, x_next, old_v, ref_v)
     square, guard, distance = means.unbind(1)  # (B,) each
-    log_prob = -square / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
-    return log_prob, guard * c_v / std, distance
+    return gaussian_log_prob(square, std), guard * c_v / std, distance
 
 
 # ---------------------------------------------------------------- 2. log-probs of tokens, without logits
@@ -336,6 +335,5 @@ def token_log_probs(hidden, weight, ids, temperature=1.0):
         _TokenLogProbs.apply(h, weight, i, temperature, width)
         for h, i in zip(states.split(tokens), targets.split(tokens))
     ]
-    log_probs = torch.cat([part[0] for part in parts])  # (n,)
-    entropy = torch.cat([part[1] for part in parts])
+    log_probs, entropy = map(torch.cat, zip(*parts))  # (n,) each
     return log_probs.view(ids.shape), entropy.view(ids.shape)

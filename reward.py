@@ -176,9 +176,8 @@ def read_list(path):
 def read_photos(path, shape):
     """JSON lines {"image", "prompt"}, paths relative to the file -> images (B,3,H,W) f32 in [0,1], prompts"""
     rows = read_list(path)
-    return torch.stack([read_image(image, shape) for image, _ in rows]), [
-        prompt for _, prompt in rows
-    ]
+    images = torch.stack([read_image(image, shape) for image, _ in rows])  # (B,3,H,W)
+    return images, [prompt for _, prompt in rows]
 
 
 class Preprocess:
@@ -321,8 +320,9 @@ def find_kind(name, cfg):
                 f"{where}: {path} has no {attribute!r}; expected a function or a class of it"
             )
     else:
-        kinds = ", ".join(KINDS)
-        raise ConfigError(f"{where}: kind {cfg.kind!r}; expected {kinds} or path/to/file.py:name")
+        raise ConfigError(
+            f"{where}: kind {cfg.kind!r}; expected {few(KINDS)} or path/to/file.py:name"
+        )
     with loading(f"{where}: args"):
         inspect.signature(kind).bind(None, None, **cfg.args)
     return kind

@@ -111,8 +111,14 @@ class Vlm(Asked):
     def inputs(self, pictures, texts):
         """B lists of PIL pictures, B texts, each pair one message of a user -> inputs of the model, padded"""
         chats = [message("image", shown, text) for shown, text in zip(pictures, texts)]
-        options = dict(tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
-        inputs = self.processor.apply_chat_template(chats, processor_kwargs={"padding": True}, **options)
+        inputs = self.processor.apply_chat_template(
+            chats,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+            processor_kwargs={"padding": True},
+        )
         return inputs.to(self.model.device, self.model.dtype)
 
     def logits(self, images, prompts):
@@ -205,13 +211,12 @@ class Endpoint(Asked):
         if not address:
             raise ConfigError("args.base_url: expected http(s)://host:port/path, no user, password or query")
         self.host = address[1]
-        http = httpx2.AsyncClient(transport=Bounded(authorization(self.key)))
         self.client = openai.AsyncOpenAI(
             base_url=self.base_url,
             api_key="none",  # Bounded has the key
             max_retries=self.retries,
             timeout=self.timeout,
-            http_client=http,
+            http_client=httpx2.AsyncClient(transport=Bounded(authorization(self.key))),
         )
         # asyncio, because it can give up a request at any point; a thread that waits for a socket cannot
         self.loop = asyncio.new_event_loop()
