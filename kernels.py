@@ -38,7 +38,7 @@ def per_sample_mean(x):
 
 
 def gaussian_log_prob(square, std):
-    """log N(x_next; mean, std^2), a mean over latent dimensions -> (B,); square (B,) is mean((x_next - mean)^2)"""
+    """log N(x_next; mean, std^2), a mean over latent dimensions; square is mean((x_next - mean)^2): (B,)"""
     return -square / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
 
 
@@ -275,8 +275,7 @@ def softmax_tile(logits, state, temperature, dtype):
     e = torch.empty_like(logits, dtype=dtype)
     shrink = torch.empty_like(state[0])
     block, warps = tile_shape(v)
-    scalars = (n, v, temperature)
-    _softmax_tile_kernel[(n,)](logits, e, shrink, state, *scalars, block, num_warps=warps)
+    _softmax_tile_kernel[(n,)](logits, e, shrink, state, n, v, temperature, block, num_warps=warps)
     return e, shrink
 
 
@@ -330,7 +329,7 @@ def token_log_probs(hidden, weight, ids, temperature=1.0):
         return token_log_probs_ref(hidden, weight, ids, temperature)
     tokens, width = TILE["cuda" if hidden.is_cuda else "cpu"]
     states = hidden.reshape(-1, hidden.shape[-1])  # (n, D)
-    targets = ids.reshape(-1)  # (n,)
+    targets = ids.flatten()  # (n,)
     parts = [
         _TokenLogProbs.apply(h, weight, i, temperature, width)
         for h, i in zip(states.split(tokens), targets.split(tokens))

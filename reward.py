@@ -180,6 +180,12 @@ def read_photos(path, shape):
     return images, [prompt for _, prompt in rows]
 
 
+def normalise(images, mean, std):
+    """(B,3,H,W), statistics of the 3 colours -> the same with mean 0 and deviation 1"""
+    mean, std = images.new_tensor([mean, std])[:, :, None, None]  # (3,1,1) each
+    return (images - mean) / std
+
+
 class Preprocess:
     """The size, filter and normalisation of a checkpoint's preprocessor_config.json, on whole batches."""
 
@@ -192,19 +198,19 @@ class Preprocess:
             bilinear = values.get("resample") == Image.Resampling.BILINEAR
             self.pixels = size
             self.mode = "bilinear" if bilinear else "bicubic"
-            self.statistics = torch.tensor([values["image_mean"], values["image_std"]])  # (2, 3)
+            self.statistics = values["image_mean"], values["image_std"]
 
     def __call__(self, images):
         images = resize(images, self.pixels, self.mode)  # (B,3,pixels,pixels)
-        mean, std = self.statistics.to(images.device)[:, :, None, None]  # (3,1,1) each
-        return (images - mean) / std
+        return normalise(images, *self.statistics)
 
 
 # ---------------------------------------------------------------- kinds
 
 
-def frozen(model, device):
-    return model.to(device).eval().requires_grad_(False)
+def load_frozen(cls, path, device, dtype=torch.float32, **options):
+    """cls.from_pretrained(path), which is in eval mode, on the device and without gradients"""
+    return load_model(cls, path, dtype=dtype, **options).to(device).requires_grad_(False)
 
 
 class Classifier:
@@ -216,9 +222,7 @@ class Classifier:
     """
 
     def __init__(self, model, device="cpu", *, real=REAL_LABELS, jpeg=0, learn=("",)):
-        self.model = frozen(
-            load_model(AutoModelForImageClassification, model, dtype=torch.float32), device
-        )
+        self.model = load_frozen(AutoModelForImageClassification, model, device)
         labels = {i: str(label).lower() for i, label in self.model.config.id2label.items()}
         self.real = [i for i, label in labels.items() if label in [name.lower() for name in real]]
         self.fake = [i for i in labels if i not in self.real]
@@ -258,7 +262,7 @@ class Clip:
     needs_prompt = True
 
     def __init__(self, model, device="cpu", *, processor="", dot=False):
-        self.model = frozen(load_model(CLIPModel, model, dtype=torch.float32), device)
+        self.model = load_frozen(CLIPModel, model, device)
         with loading(processor or model):
             self.tokenizer = AutoTokenizer.from_pretrained(processor or model)
         self.preprocess = Preprocess(processor or model)
@@ -285,8 +289,7 @@ class Clip:
         tokens = self.tokenizer(
             prompts, padding=True, truncation=True, max_length=self.length, return_tensors="pt"
         )
-        text = self.model.text_model(**tokens.to(self.model.device)).pooler_output
-        text = self.model.text_projection(text)  # (B, D)
+        text = self.model.get_text_features(**tokens.to(self.model.device)).pooler_output  # (B, D)
         picture = self.model.visual_projection(self.features(images))  # (B, D)
         if self.dot:
             return (picture * text).sum(-1) / 100  # (B,)

@@ -23,9 +23,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from common import load_model
 from pipeline import reconstruct
-from reward import frozen, read_photos
+from reward import load_frozen, read_photos
 
 # luminance, red against green, yellow against blue
 OPPONENT = F.normalize(
@@ -116,10 +115,6 @@ def whitening(fitted):
     return lambda rows: (rows - mean) / std @ vectors
 
 
-def log_norm(rows):
-    return rows.norm(dim=1).log()  # (n, D) -> (n,)
-
-
 class Naturalness:
     """Share of photographs that are less typical: (B,3,H,W) -> (B,) in [0, 1]
 
@@ -132,8 +127,7 @@ class Naturalness:
         self.paths = model, reference
         self.vae = None
         if autoencoder:
-            options = dict(subfolder="vae", dtype=torch.float32)
-            self.vae = frozen(load_model(AutoencoderKL, autoencoder, **options), device)
+            self.vae = load_frozen(AutoencoderKL, autoencoder, device, subfolder="vae")
         self.device = device
         # pictures of a run have one size
         self.fitted = lru_cache(1)(self.fit)
@@ -158,15 +152,15 @@ class Naturalness:
         distances = []
         for half, other in (halves, halves[::-1]):
             whiten = whitening(torch.cat([fitted, other]))
-            distances.append(log_norm(whiten(half)))
+            distances.append(whiten(half).norm(dim=1).log())
         return whitening(torch.cat([fitted, others])), torch.cat(distances)
 
     def features(self, images):
         """Whitened statistics, which KID compares: (B,3,H,W) -> (B, D)"""
-        whiten, _ = self.fitted(tuple(images.shape[2:]))
+        whiten, _ = self.fitted(images.shape[2:])
         return whiten(statistics(images.to(self.device)).cpu())
 
     def __call__(self, images, prompts):
-        distance = log_norm(self.features(images))[:, None]  # (B, 1)
-        _, others = self.fitted(tuple(images.shape[2:]))
+        distance = self.features(images).norm(dim=1, keepdim=True).log()  # (B, 1)
+        _, others = self.fitted(images.shape[2:])
         return torch.sigmoid((others - distance) / SOFTNESS).mean(1)  # (B,)

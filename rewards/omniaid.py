@@ -26,7 +26,7 @@ from transformers.image_utils import (
 )
 
 from common import check_finite, loading
-from reward import Classifier, frozen, resize
+from reward import Classifier, normalise, resize
 
 # ViT-L/14, as in all the published files; whether it sees 336 or 224 pixels shows in the file
 SHAPE = {
@@ -135,7 +135,7 @@ class OmniAid(Classifier):
             state = read_state(hf_hub_download(model, file) if file else model)
             self.model = Network(state)
             self.model.load_state_dict(state)
-        frozen(self.model, device)
+        self.model.to(device).requires_grad_(False)
         self.learn = ("head.", "_experts.")  # as in the published detector that learns
         self.resize = resize
         self.statistics = [OPENAI_CLIP_MEAN, OPENAI_CLIP_STD]
@@ -147,8 +147,7 @@ class OmniAid(Classifier):
         if self.resize:
             images = resize(images, self.resize, "bilinear")
         images = resize(images, self.model.config.image_size, "bilinear")
-        mean, std = images.new_tensor(self.statistics)[:, :, None, None]  # (3,1,1) each
-        return (images - mean) / std
+        return normalise(images, *self.statistics)
 
     def logits(self, images, prompts=None):
         pixels = self.preprocess(images.to(self.model.device))  # (B,3,h,w)

@@ -27,9 +27,9 @@ from transformers import AutoModel
 # a script looks for modules beside itself, and these are one folder up
 sys.path.append(str(Path(__file__).parents[1]))
 
-from common import load_model, loading, rng
+from common import loading, rng
 from learner import Photographs
-from reward import Classifier, Preprocess, as_bytes, as_file, frozen
+from reward import Classifier, Preprocess, as_bytes, as_file, load_frozen
 
 PICTURES = 256  # that are drawn, and as many photographs
 FOLDS = 5
@@ -45,17 +45,17 @@ class Probe(Classifier):
     """
 
     def __init__(self, model, device="cpu", *, head, jpeg=0):
-        whole = load_model(AutoModel, model, dtype=torch.float32)
+        whole = load_frozen(AutoModel, model, device)
         self.model = getattr(whole, "vision_model", whole)
         self.preprocess = Preprocess(model)
         self.jpeg = jpeg
         self.learn = ["probe."]
         # a part of the model, so that it moves with it
-        self.model.probe = nn.Linear(self.model.config.hidden_size, 1)
+        self.model.probe = nn.Linear(self.model.config.hidden_size, 1, device=device)
+        self.model.requires_grad_(False)
         if head:
             with loading(f"{head}, which python rewards/probe.py fits,"):
                 self.model.probe.load_state_dict(load_file(head))
-        frozen(self.model, device)
 
     def features(self, images):
         """(B,3,H,W) in [0,1] -> (B, D) f32"""

@@ -32,8 +32,8 @@ import torch
 from transformers import AutoModelForImageTextToText
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from common import ConfigError, check_folder, load_model, loading
-from reward import encode, frozen, p_real, to_pil
+from common import ConfigError, check_folder, loading
+from reward import encode, load_frozen, p_real, to_pil
 
 QUESTION = (
     "Look closely at light, surfaces, edges and anatomy. Did a camera take this picture, or did AI generate "
@@ -98,7 +98,7 @@ class Vlm(Asked):
     def __post_init__(self, model, device):
         super().__post_init__()
         check_folder(model, "config.json")
-        self.model = frozen(load_model(AutoModelForImageTextToText, model, dtype=self.dtype), device)
+        self.model = load_frozen(AutoModelForImageTextToText, model, device, dtype=self.dtype)
         with loading(model):
             self.processor = picture_processor(model, self.model.config)
         tokenizer = self.processor.tokenizer
