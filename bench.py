@@ -50,7 +50,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
-from itertools import combinations
+from itertools import combinations, cycle, islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -614,8 +614,8 @@ def deal(photographs, prompts):
     for i in rng("bench deal").permutation(len(photographs)).tolist():
         own = set(re.findall(r"\w+", photographs[i].text.lower()))
         near = [len(own & other) / max(len(own | other), 1) for other in words]
-        free = [p for p in range(len(prompts)) if len(dealt[p]) < room]
-        dealt[max(free, key=lambda p: (near[p], -len(dealt[p])))].append(photographs[i])
+        rank = [(len(one) < room, near[p], -len(one)) for p, one in enumerate(dealt)]
+        dealt[rank.index(max(rank))].append(photographs[i])
     return dealt
 
 
@@ -640,61 +640,64 @@ def matches(pictures, limit):
     result = []
     for a, b in combinations(pictures, 2):
         turn = list(pictures).index(a) if b == "photographs" else 0
-        rows = []
+        rounds = defaultdict(list)
         for p in rng("bench matches").permutation(len(pictures[a])).tolist():
-            there = pictures[b][p]
-            skip = turn * len(pictures[a][p])
-            for m, x in enumerate(pictures[a][p] if there else []):
-                rows.append((m, a, b, p, x.name, there[(m + skip) % len(there)].name))
-        rows.sort(key=lambda row: row[0])
-        result += [row[1:] for row in rows[:limit]]
+            mine = pictures[a][p]
+            theirs = islice(cycle(pictures[b][p]), turn * len(mine), None)
+            for m, (x, y) in enumerate(zip(mine, theirs)):
+                rounds[m].append((a, b, p, x.name, y.name))
+        result += sum(rounds.values(), [])[:limit]
     return result
 
 
+def from_both_sides(rows):
+    """[(a, b, prompt, won by a)] -> {(a, b): [(prompt, won by a)]}, and the same seen from b"""
+    results = defaultdict(list)
+    for a, b, p, won in rows:
+        results[a, b].append((p, won))
+        results[b, a].append((p, 1 - won))
+    return results
+
+
 def hold(judge, rows):
-    """Ask every match in both orders -> {axis: {(a, b): [(prompt, won by a)]}}, and the same seen from b
+    """Ask every match in both orders -> {axis: results from both sides}
 
     won: 1, 1/2 or 0; NaN where one of the two answers is missing.
     """
     judge.ask([pair for *_, x, y in rows for pair in ((x, y), (y, x))])
     results = {}
     for axis in judge.axes:
-        results[axis] = defaultdict(list)
-        for a, b, p, x, y in rows:
-            won = judge.won(axis, x, y)
-            results[axis][a, b].append((p, won))
-            results[axis][b, a].append((p, 1 - won))
+        won = [(a, b, p, judge.won(axis, x, y)) for a, b, p, x, y in rows]
+        results[axis] = from_both_sides(won)
     return results
 
 
-def rate(results, names):
-    """Ratings of `names`, (n,), and what they are without each prompt, (units, n)"""
-    units = {
-        p: i
-        for i, p in enumerate(
-            dict.fromkeys(p for rows in results.values() for p, _ in rows)
-        )
-    }
-    wins = np.zeros((len(units), len(names), len(names)))
-    for (a, b), rows in results.items():
-        for p, won in rows:
-            wins[units[p], names.index(a), names.index(b)] += np.nan_to_num(won)
-    return bradley_terry(wins.sum(0)), bradley_terry(wins.sum(0) - wins)
-
-
 def rating(results, names):
-    """-> {contestant: v}"""
-    whole, left_out = rate(results, names)
+    """Of the matches among `names` -> {contestant: v}"""
+    n = len(names)
+    wins = defaultdict(lambda: np.zeros((n, n)))  # of each prompt
+    for (a, b), rows in results.items():
+        if a in names and b in names:
+            for p, won in rows:
+                wins[p][names.index(a), names.index(b)] += np.nan_to_num(won)
+    wins = np.array([*wins.values()])  # (units, n, n)
+    whole = bradley_terry(wins.sum(0))
+    left_out = bradley_terry(wins.sum(0) - wins)
     return {name: interval(whole[i], left_out[:, i]) for i, name in enumerate(names)}
+
+
+def means(figures):
+    """{name: v} -> [mean]"""
+    return [v["mean"] for v in figures.values()]
 
 
 def arena(results):
     """-> {a: {b: counts, rate and its interval}}"""
     table = defaultdict(dict)
     for (a, b), rows in results.items():
-        won = [v for _, v in rows]
-        counts = {"win": won.count(1), "tie": won.count(0.5), "loss": won.count(0)}
-        counts["errors"] = len(won) - sum(counts.values())
+        won = Counter(v for _, v in rows)
+        counts = {"win": won[1], "tie": won[0.5], "loss": won[0]}
+        counts["errors"] = len(rows) - sum(counts.values())
         v = mean_interval(rows)
         if v:
             table[a][b] = counts | {"rate": v.pop("mean")} | v
@@ -709,15 +712,13 @@ def read_votes(path, names, prompts):
 
     What is no prompt, contestant or vote is a ConfigError that names it.
     """
-    results = defaultdict(list)
+    votes = []
     with loading(path), open(path, newline="") as file:
         for row in csv.DictReader(file):
             left, right = (names[names.index(row[side])] for side in ("left", "right"))
-            p = prompts.index(row["prompt"])
             won = {"left": 1.0, "tie": 0.5, "right": 0.0}[row["vote"]]
-            results[left, right].append((p, won))
-            results[right, left].append((p, 1 - won))
-    return results
+            votes.append((left, right, prompts.index(row["prompt"]), won))
+    return from_both_sides(votes)
 
 
 def compare_people(votes, results):
@@ -727,14 +728,13 @@ def compare_people(votes, results):
     only where there is a judgement.
     """
     names = list(dict.fromkeys(name for name, _ in votes))
-    judged = {pair: rows for pair, rows in results.items() if set(pair) <= set(names)}
-    people, _ = rate(votes, names)
-    judges, _ = rate(judged, names)
+    rated = rating(votes, names)
+    people = means(rated)
+    judges = means(rating(results, names))
     agreed = []
     for pair, rows in votes.items():
-        first = dict(
-            reversed(judged.get(pair, []))
-        )  # of each prompt the match that the page shows
+        # of each prompt the match that the page shows
+        first = dict(reversed(results.get(pair, [])))
         agreed += [(p, 1 - abs(won - first.get(p, np.nan))) for p, won in rows]
     return {
         "votes": len(agreed) // 2,  # each stands there from both sides
@@ -743,7 +743,7 @@ def compare_people(votes, results):
         "tau": float(np.nan_to_num(stats.kendalltau(people, judges).statistic)),
         "rho": float(np.nan_to_num(stats.spearmanr(people, judges).statistic)),
         "agreement": mean_interval(agreed),
-        "rating": rating(votes, names),
+        "rating": rated,
     }
 
 
@@ -818,7 +818,6 @@ def spoil(picture, distortion, strength):
 
 def ordered(levels):
     """A measure's four levels, from untouched to strong, which should fall -> a row of `selftest`"""
-    levels = np.array(levels).tolist()
     return {
         "levels": levels,
         "below": max(levels[1:]) < levels[0],
@@ -836,24 +835,17 @@ def selftest(run, judge, heldout, photographs):
     result = defaultdict(dict)
     for distortion, (_, strengths) in tqdm(DISTORTIONS.items(), desc="selftest"):
         levels = [photographs]
-        levels += [
-            [spoil(x, distortion, strength) for x in photographs]
-            for strength in strengths
-        ]
+        for strength in strengths:
+            levels.append([spoil(x, distortion, strength) for x in photographs])
         judge.seen |= measure(run, heldout, sum(levels[1:], []))
         for metric in sum(run.cfg.bench.axes.values(), []):
-            means = [
-                np.mean([judge.seen[x.name][metric] for x in level]) for level in levels
-            ]
-            result[distortion][metric] = ordered(means)
-        pictures = {
-            i: [[picture] for picture in level] for i, level in enumerate(levels)
-        }
+            scores = [[judge.seen[x.name][metric] for x in level] for level in levels]
+            result[distortion][metric] = ordered(np.mean(scores, 1).tolist())
+        pictures = {i: [[x] for x in level] for i, level in enumerate(levels)}
         results = hold(judge, matches(pictures, len(photographs)))
         for axis in judge.axes:
-            result[distortion][f"arena {axis}"] = ordered(
-                rate(results[axis], list(pictures))[0]
-            )
+            ratings = rating(results[axis], list(pictures))
+            result[distortion][f"arena {axis}"] = ordered(means(ratings))
     return result
 
 
