@@ -50,7 +50,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
-from itertools import combinations, cycle, islice
+from itertools import chain, combinations, cycle, islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -64,24 +64,16 @@ import grpo
 import reward as R
 from common import ConfigError, batches, bounded, check_folder, few, loading, rng
 from folder import peak_memory
+from generator import Generator
+from refiner import Refiner
 from rewards.vlm import Endpoint, NoAnswer, Vlm
 
 # contestants of the run itself, in the order of drawing
 OWN = ["base", "refiner", "generator", "both"]
-# what is trained lies in <out>/ under these names, as stock diffusers and peft save it
-LORA = {
-    "generator": "pytorch_lora_weights.safetensors",
-    "refiner": "adapter_model.safetensors",
-}
-# of every picture, so that no codec gives a side away; colour is not subsampled, which small pictures show
-CODEC = dict(format="JPEG", quality=95, subsampling=0)
 # how the kinds of rewards begin that give P(real)
 P_REAL = ("classifier", "rewards/vlm", "rewards/omniaid", "rewards/probe")
-AXES = (
-    "realism",
-    "detail",
-    "aesthetics",
-)  # RealBench's, which a judge that reads is asked
+# RealBench's, which a judge that reads is asked
+AXES = ("realism", "detail", "aesthetics")
 GIVE_UP = 10  # questions that fail in a row before a judge is given up
 
 # ---------------------------------------------------------------- config
@@ -146,7 +138,7 @@ def interval(whole, *left_out):
     of units this is the t interval. Two samples, as prompts and photographs are, add their variances.
     """
     v = {"mean": float(whole), "low": None, "high": None}
-    units = min(len(values) for values in left_out)
+    units = min(map(len, left_out))
     if units > 1:
         variance = sum((len(values) - 1) * np.var(values) for values in left_out)
         spread = float(stats.t.ppf(0.975, units - 1) * np.sqrt(variance))
@@ -171,17 +163,17 @@ def mean_interval(pairs):
     return interval(*mean_draws(pairs))
 
 
-def without_each(n):
-    """n masks (n,), each of which leaves one out"""
-    return ~torch.eye(n, dtype=bool)
+def all_but_one(square):
+    """(n, n) -> n masks (n,), each of which leaves one out"""
+    return ~torch.eye(len(square), dtype=bool)
 
 
 def kid_draws(kernels):
     """reward.mean_kernels -> KID, without each prompt (U,), without each photograph (n,)"""
     xx, xy, yy = kernels  # (U, U), (U, n), (n, n)
-    prompts = [R.mmd(xx[rest][:, rest], xy[rest], yy) for rest in without_each(len(xx))]
+    prompts = [R.mmd(xx[rest][:, rest], xy[rest], yy) for rest in all_but_one(xx)]
     photographs = [
-        R.mmd(xx, xy[:, rest], yy[rest][:, rest]) for rest in without_each(len(yy))
+        R.mmd(xx, xy[:, rest], yy[rest][:, rest]) for rest in all_but_one(yy)
     ]
     return R.mmd(xx, xy, yy), np.array(prompts), np.array(photographs)
 
@@ -192,10 +184,10 @@ def bradley_terry(wins):
     Hunter's MM iteration (2004). One tie is added to each pair: who won or lost everything stays finite.
     """
     wins = wins + 0.5 * (1 - np.eye(wins.shape[-1]))
-    games = wins + wins.swapaxes(-1, -2)
+    games = wins + wins.mT
     strength = np.ones(wins.shape[:-1])  # (..., n)
     for _ in range(2000):  # a few dozen do, unless someone wins nearly everything
-        both = strength[..., :, None] + strength[..., None, :]  # (..., n, n)
+        both = strength[..., None] + strength[..., None, :]  # (..., n, n)
         strength = wins.sum(-1) / (games / both).sum(-1)
     ratings = 400 * np.log10(strength)
     return 1000 + ratings - ratings.mean(-1, keepdims=True)
@@ -223,8 +215,17 @@ def write(path, data):
 def in_codec(picture):
     """PIL picture -> bytes of a file without metadata"""
     file = io.BytesIO()
-    picture.save(file, **CODEC)
+    # no codec gives a side away; colour is not subsampled, which small pictures show
+    picture.save(file, "JPEG", quality=95, subsampling=0)
     return file.getvalue()
+
+
+def load(run, name):
+    """What is trained -> into the run's policy; the hash of its file"""
+    policy = run.policies[name]
+    trained = Path(run.cfg.out) / name
+    policy.load(trained)
+    return content(trained / policy.lora_file)
 
 
 def rewrites(run, cfg, prompts, folder):
@@ -232,10 +233,8 @@ def rewrites(run, cfg, prompts, folder):
 
     They stay on disk: to write them again takes minutes with a real LLM, and rounding could change a word.
     """
-    adapter = Path(cfg.out) / "refiner"
-    run.refiner.load(adapter)
     M = cfg.bench.images
-    made_by = content(adapter / LORA["refiner"]), asdict(cfg.refiner), cfg.dtype, M
+    made_by = load(run, "refiner"), asdict(cfg.refiner), cfg.dtype, M
     path = folder / f"{key(made_by, prompts)}.json"
     if not path.exists():
         keys = [("bench rewrite", p) for p in range(len(prompts))]
@@ -245,14 +244,21 @@ def rewrites(run, cfg, prompts, folder):
 
 
 def fill(name, pictures, micro_batch, make):
-    """make(rows) -> images (b,3,H,W) of those [Picture] that are not on disk
+    """make(rows) -> images (b,3,H,W) of those [Picture] that are not on disk, and <contestant>.jsonl of all
 
-    So a killed bench goes on where it was.
+    So a killed bench goes on where it was. The list is for measures of your own, in the layout of
+    bench.contestants.
     """
     todo = [i for i, picture in enumerate(pictures) if not picture.file.exists()]
     for rows in tqdm(list(batches(todo, micro_batch)), desc=name):
         for i, image in zip(rows, R.to_pil(make(rows))):
             write(pictures[i].file, in_codec(image))
+    lines = []
+    for x in pictures:
+        row = {"image": f"pictures/{x.file.name}", "prompt": x.text}
+        lines.append(json.dumps(row))
+    folder = pictures[0].file.parents[1]
+    write(folder / f"{name}.jsonl", "\n".join(lines).encode())
     return pictures
 
 
@@ -289,18 +295,19 @@ def listing(name, path, prompts):
     path = Path(path)
     with loading(f"{path}, for {len(prompts)} test prompts,"):
         if path.is_dir():
-            files = [file for file in sorted(path.iterdir()) if file.stem.isdigit()]
+            files = sorted(path.glob("[0-9]*"))
             rows = [(file, prompts[int(file.stem)]) for file in files]
         else:
             rows = R.read_list(path)
         if name == "photographs":
             return [Picture(i, *row) for i, row in enumerate(rows)]
         pictures = [Picture(prompts.index(text), file, text) for file, text in rows]
-    without = sorted(set(range(len(prompts))) - {picture.unit for picture in pictures})
-    if without:
-        raise ConfigError(
-            f"{path}: no picture for prompt {without[0]:05d}, {prompts[without[0]]!r}; expected one"
-        )
+    found = {picture.unit for picture in pictures}
+    for p, prompt in enumerate(prompts):
+        if p not in found:
+            raise ConfigError(
+                f"{path}: no picture for prompt {p:05d}, {prompt!r}; expected one"
+            )
     return pictures
 
 
@@ -335,23 +342,12 @@ def gather(run, cfg, prompts, elsewhere, folder):
     contestants = {}
     for name, texts in zip(OWN, [plain, rewritten, plain, rewritten]):
         if name == "generator":  # from here on with its LoRA
-            run.generator.load(Path(cfg.out) / name)
-            weights = content(Path(cfg.out) / name / LORA[name])
+            weights = load(run, name)
         if texts:
             contestants[name] = draw(run, cfg, name, weights, prompts, texts, folder)
     for name, pictures in elsewhere.items():
         contestants[name] = adopt(run, cfg, name, pictures, folder)
     return contestants
-
-
-def list_pictures(contestants, folder):
-    """<contestant>.jsonl, for measures of your own, in the layout of bench.contestants"""
-    for name, pictures in contestants.items():
-        rows = [
-            {"image": f"pictures/{x.file.name}", "prompt": x.text} for x in pictures
-        ]
-        lines = [json.dumps(row) for row in rows]
-        write(folder / f"{name}.jsonl", "\n".join(lines).encode())
 
 
 # ---------------------------------------------------------------- Detector-Scoring
@@ -366,8 +362,8 @@ class Files(list):
 
 def measure(run, rewards, pictures):
     """What each reward says of each picture -> {name: {metric: number}}, realism's mean among them"""
-    texts = [picture.text for picture in pictures]
-    scores = run.score(rewards, Files(pictures), texts)  # {metric: (n,)}
+    # {metric: (n,)}
+    scores = run.score(rewards, Files(pictures), [x.text for x in pictures])
     realism = [scores[metric] for metric in run.cfg.bench.axes.get("realism", [])]
     if realism:
         scores["heldout"] = torch.stack(realism).mean(0)
@@ -375,13 +371,6 @@ def measure(run, rewards, pictures):
     return {
         picture.name: dict(zip(scores, row)) for picture, row in zip(pictures, rows)
     }
-
-
-@torch.no_grad()
-def features_of(run, model, pictures):
-    """What KID compares of [Picture]: (n, D) on the CPU"""
-    chunks = batches(Files(pictures), run.cfg.micro_batch)
-    return torch.cat([model.features(images).cpu() for images in chunks])
 
 
 def score_draws(run, contestants, seen, categories):
@@ -396,40 +385,45 @@ def score_draws(run, contestants, seen, categories):
     pairs = defaultdict(list)  # {path: [(unit, value)]}
     for name, pictures in contestants.items():
         for picture in pictures:
+            unit = picture.unit
             for metric, value in seen[picture.name].items():
-                pairs["scores", name, metric].append((picture.unit, value))
+                pairs["scores", name, metric].append((unit, value))
                 if metric in detectors:
-                    pairs["real", name, metric].append((picture.unit, value > 0.5))
+                    pairs["real", name, metric].append((unit, value > 0.5))
                 if picture.text in categories:
-                    path = "categories", categories[picture.text], name, metric
-                    pairs[path].append((picture.unit, value))
+                    category = categories[picture.text]
+                    pairs["categories", category, name, metric].append((unit, value))
     return {path: mean_draws(rows) for path, rows in pairs.items()}
 
 
+@torch.no_grad()
 def kid_scores(run, heldout, contestants):
     """-> {path in bench.json: draws} of each KID"""
     models = {"kid": run} | {f"kid_{name}": reward for name, reward in heldout.items()}
     draws = {}
     for metric, model in models.items():
-        if hasattr(model, "features"):
-            features = {
-                name: features_of(run, model, x) for name, x in contestants.items()
-            }
-            photographs = features.pop("photographs")  # (n, D)
-            for name, x in features.items():
-                units = torch.tensor([picture.unit for picture in contestants[name]])
-                kernels = R.mean_kernels(x, photographs, units)
-                draws["scores", name, metric] = kid_draws(kernels)
+        if not hasattr(model, "features"):
+            continue
+        features = {}
+        for name, pictures in contestants.items():
+            chunks = batches(Files(pictures), run.cfg.micro_batch)
+            parts = [model.features(images).cpu() for images in chunks]
+            features[name] = torch.cat(parts)  # (n, D)
+        photographs = features.pop("photographs")
+        for name, x in features.items():
+            units = torch.tensor([picture.unit for picture in contestants[name]])
+            kernels = R.mean_kernels(x, photographs, units)
+            draws["scores", name, metric] = kid_draws(kernels)
     return draws
 
 
 def differences(draws):
     """Each contestant's scores less base's, draw by draw, so that what prompts differ by cancels"""
     result = {}
-    for (kind, name, metric, *_), mine in draws.items():
-        if kind == "scores" and name != "photographs":
-            base = draws["scores", "base", metric]
-            result["difference", name, metric] = [a - b for a, b in zip(mine, base)]
+    for path, mine in draws.items():
+        if path[0] == "scores" and path[1] != "photographs":
+            base = draws["scores", "base", path[2]]
+            result["difference", *path[1:]] = [a - b for a, b in zip(mine, base)]
     return result
 
 
@@ -478,6 +472,7 @@ def connect(cfg, device):
     return Endpoint(**judge)
 
 
+@dataclass
 class Judge:
     """Says of two pictures, by name, which is better on each axis.
 
@@ -485,39 +480,34 @@ class Judge:
     asked again by the next run. seen {name: scores}: all that the detector judge looks at; it is not logged.
     """
 
-    def __init__(self, cfg, folder, seen, device):
-        self.cfg = cfg
-        self.folder = folder
-        self.seen = seen
-        self.device = device
-        judge = cfg.bench.judge
-        self.name = f"{judge.kind} {judge.model} {judge.base_url if judge.kind == 'openai' else ''}".strip()
-        self.made_by = (
-            self.name,
-            key(PAIR),
-        )  # another wording shares no answer with this one
+    cfg: Config
+    folder: Path  # of the pictures
+    seen: dict
+    device: str
+
+    def __post_init__(self):
+        judge = self.cfg.bench.judge
+        address = judge.base_url if judge.kind == "openai" else ""
+        self.name = f"{judge.kind} {judge.model} {address}".strip()
+        # another wording shares no answer with this one
+        self.made_by = [self.name, key(PAIR)]
         self.model = None
         self.calls = Counter()
         self.failed_in_a_row = 0
-        self.axes = dict.fromkeys(AXES)
-        if (
-            judge.kind == "detector"
-        ):  # it takes the mean of the measures that speak for an axis
-            self.axes = {
-                axis: metrics for axis, metrics in cfg.bench.axes.items() if metrics
-            }
-        self.log = folder.parent / "judgements.jsonl"
-        data = self.log.read_bytes() if self.log.exists() else b""
-        write(
-            self.log, data[: data.rfind(b"\n") + 1]
-        )  # without the half line that a kill may leave
-        rows = [json.loads(line) for line in self.log.read_text().splitlines()]
-        rows = [
-            row
-            for row in rows
-            if tuple(row["made_by"]) == self.made_by and row["answers"]
-        ]
-        self.answers = {tuple(row["pictures"]): row["answers"] for row in rows}
+        self.axes = AXES
+        if judge.kind == "detector":
+            self.axes = [
+                axis for axis, metrics in self.cfg.bench.axes.items() if metrics
+            ]
+        self.log = self.folder.parent / "judgements.jsonl"
+        self.log.touch()
+        # without the half line that a kill may leave
+        lines, end, _ = self.log.read_bytes().rpartition(b"\n")
+        write(self.log, lines + end)
+        self.answers = {}
+        for row in map(json.loads, lines.splitlines()):
+            if row["made_by"] == self.made_by and row["answers"]:
+                self.answers[tuple(row["pictures"])] = row["answers"]
 
     def ask(self, pairs):
         """Puts those that have no answer yet"""
@@ -528,17 +518,17 @@ class Judge:
             self.model = self.model or connect(self.cfg, self.device)  # once
             # an Endpoint has a map of its own, which asks several at a time
             asked = getattr(self.model, "map", map)(self.put, tqdm(todo, desc="judge"))
-            self.answers |= {
-                pair: answers for pair, answers in zip(todo, asked) if answers
-            }
+            self.answers |= {pair: found for pair, found in zip(todo, asked) if found}
 
     def compare(self, x, y):
-        """The detector judge; a tie only where two are equal, as different files hardly are"""
+        """The detector judge takes the mean of the measures that speak for an axis
+
+        A tie only where two are equal, as different files hardly are.
+        """
         answers = {}
-        for axis, metrics in self.axes.items():
-            ahead = sum(
-                self.seen[x][metric] - self.seen[y][metric] for metric in metrics
-            )
+        for axis in self.axes:
+            metrics = self.cfg.bench.axes[axis]
+            ahead = sum(self.seen[x][name] - self.seen[y][name] for name in metrics)
             answers[axis] = {1: "first", 0: "tie", -1: "second"}[np.sign(ahead)]
         return answers
 
@@ -555,38 +545,29 @@ class Judge:
             row["error"] = str(failure)
             self.calls["failed"] += 1
             # 400 may be about these pictures alone, unless it was never otherwise
-            self.failed_in_a_row += (
-                "HTTP 400" not in row["error"] or not self.calls["answered"]
-            )
+            if "HTTP 400" not in row["error"] or not self.calls["answered"]:
+                self.failed_in_a_row += 1
             if self.failed_in_a_row >= GIVE_UP:
                 raise ConfigError(
                     f"bench.judge: {failure}, {GIVE_UP} times; expected answers, run again to go on"
                 ) from failure
-        with open(
-            self.log, "a"
-        ) as log:  # a line fits into one write, so those of several threads cannot mix
+        # a line fits into one write, so those of several threads cannot mix
+        with open(self.log, "a") as log:
             log.write(json.dumps(row) + "\n")
         return row["answers"]
 
-    def won(self, axis, x, y):
-        """1, 1/2 or 0 for x, asked in both orders; NaN where one of the two answers is missing"""
-        there = POINTS.get(self.answers.get((x, y), {}).get(axis), np.nan)
-        back = 1 - POINTS.get(self.answers.get((y, x), {}).get(axis), np.nan)
-        # the median makes a tie of what is not said both times
-        return float(np.median([there, 0.5, back]))
+    def points(self, axis, x, y):
+        """What the answer to (x, y) is worth to x; NaN where there is none"""
+        return POINTS.get(self.answers.get((x, y), {}).get(axis), np.nan)
 
     def summary(self, pairs):
         """How far the judge may be believed, and what it cost"""
-        told = [
-            (pair, axis, answer)
-            for pair, found in self.answers.items()
-            for axis, answer in found.items()
-        ]
-        first = [answer == "first" for _, _, answer in told if answer != "tie"]
-        changed = [
-            answer == self.answers.get((y, x), {}).get(axis) != "tie"
-            for (x, y), axis, answer in told
-        ]
+        told = []  # what an answer is worth to the same picture in this order, in the other to the other one
+        for (x, y), answers in self.answers.items():
+            for axis in answers:
+                told.append((self.points(axis, x, y), self.points(axis, y, x)))
+        first = [here for here, _ in told if here != 0.5]
+        changed = [here == there != 0.5 for here, there in told]
         return {
             "name": self.name,
             "pairs": pairs,
@@ -613,8 +594,10 @@ def deal(photographs, prompts):
     dealt = [[] for _ in prompts]
     for i in rng("bench deal").permutation(len(photographs)).tolist():
         own = set(re.findall(r"\w+", photographs[i].text.lower()))
-        near = [len(own & other) / max(len(own | other), 1) for other in words]
-        rank = [(len(one) < room, near[p], -len(one)) for p, one in enumerate(dealt)]
+        rank = []
+        for other, has in zip(words, dealt):
+            near = len(own & other) / max(len(own | other), 1)
+            rank.append((len(has) < room, near, -len(has)))
         dealt[rank.index(max(rank))].append(photographs[i])
     return dealt
 
@@ -623,9 +606,8 @@ def by_prompt(contestants, prompts):
     """{contestant: [Picture]} -> {contestant: per prompt its Pictures}"""
     result = {}
     for name, pictures in contestants.items():
-        result[name] = [
-            [x for x in pictures if x.unit == p] for p in range(len(prompts))
-        ]
+        units = range(len(prompts))
+        result[name] = [[x for x in pictures if x.unit == p] for p in units]
     result["photographs"] = deal(contestants["photographs"], prompts)
     return result
 
@@ -667,7 +649,11 @@ def hold(judge, rows):
     judge.ask([pair for *_, x, y in rows for pair in ((x, y), (y, x))])
     results = {}
     for axis in judge.axes:
-        won = [(a, b, p, judge.won(axis, x, y)) for a, b, p, x, y in rows]
+        won = []
+        for a, b, p, x, y in rows:
+            # the median makes a tie of what is not said both times
+            both = judge.points(axis, x, y), 0.5, 1 - judge.points(axis, y, x)
+            won.append((a, b, p, float(np.median(both))))
         results[axis] = from_both_sides(won)
     return results
 
@@ -809,10 +795,8 @@ def spoil(picture, distortion, strength):
     """-> the Picture of a spoiled file"""
     file = picture.file.with_stem(key(picture.name, distortion, strength))
     if not file.exists():
-        write(
-            file,
-            in_codec(DISTORTIONS[distortion][0](Image.open(picture.file), strength)),
-        )
+        distort, _ = DISTORTIONS[distortion]
+        write(file, in_codec(distort(Image.open(picture.file), strength)))
     return picture._replace(file=file)
 
 
@@ -864,15 +848,13 @@ def leaves(node, path=()):
 
 
 def cell(value):
-    if isinstance(value, dict):
-        between = (
-            ""
-            if value["low"] is None
-            else f" [{value['low']:.4g}, {value['high']:.4g}]"
-        )
-        return f"{value.get('mean', value.get('rate')):.4g}{between}"
     if isinstance(value, list):
         return ", ".join(map(cell, value))
+    if isinstance(value, dict):
+        text = f"{value.get('mean', value.get('rate')):.4g}"
+        if value["low"] is not None:
+            text += f" [{value['low']:.4g}, {value['high']:.4g}]"
+        return text
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -883,7 +865,7 @@ def markdown(result):
         tables[path[:-2] or path[:1]][path[-2:-1]][path[-1]] = cell(value)
     lines = []
     for title, rows in tables.items():
-        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        columns = list(dict.fromkeys(chain(*rows.values())))
         lines += ["", f"## {', '.join(title)}", ""]
         lines += [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
         for name, row in rows.items():
@@ -916,7 +898,7 @@ def report(cfg, result, shown):
     out = Path(cfg.out)
     page = Path(__file__).with_name("bench.html").read_text()
     data = json.dumps({"result": result, "gallery": shown}, allow_nan=False)
-    # a prompt that holds <!--<script> would swallow the page
+    # <!--<script> in a prompt would swallow the page
     data = data.replace("<", r"\u003c")
     write(out / "bench.json", json.dumps(result, indent=1, allow_nan=False).encode())
     write(out / "bench.md", markdown(result).encode())
@@ -929,9 +911,9 @@ def report(cfg, result, shown):
 def check(cfg, prompts):
     """What can be told before a model loads -> {name: [Picture]} from elsewhere, {prompt: category}, votes"""
     b = cfg.bench
-    for name, file in LORA.items():
-        if name == "generator" or cfg.refiner:
-            check_folder(Path(cfg.out) / name, file)
+    check_folder(f"{cfg.out}/generator", Generator.lora_file)
+    if cfg.refiner:
+        check_folder(f"{cfg.out}/refiner", Refiner.lora_file)
     names = [*OWN, "photographs", *b.contestants]
     if len(set(names)) < len(names):
         raise ConfigError(
@@ -975,7 +957,6 @@ def main(cfg):
     run = grpo.Run(cfg, train=False)
     heldout = R.load_rewards(cfg.rewards.heldout, "cpu" if cfg.offload else run.device)
     contestants = gather(run, cfg, prompts, elsewhere, folder)
-    list_pictures(contestants, folder.parent)
     seen = measure(run, run.rewards | heldout, sum(contestants.values(), []))
     for scores in seen.values():
         scores["reward"] = run.combine(scores)
@@ -994,16 +975,15 @@ def main(cfg):
         axis: rating(results[axis], list(contestants)) for axis in judge.axes
     }
     if votes:
-        result["human"] = compare_people(votes, results[next(iter(judge.axes))])
+        result["human"] = compare_people(votes, results[judge.axes[0]])
     if b.selftest:
         result["selftest"] = selftest(run, judge, heldout, contestants["photographs"])
     result["judge"] = judge.summary(len(rows))
     report(cfg, result, gallery(cfg, pictures, prompts, seen))
     print(markdown(result))
     seconds = time.perf_counter() - start
-    print(
-        f"{seconds:.0f} seconds. Peak memory {peak_memory():.1f} GiB. Wrote {cfg.out}/bench.*"
-    )
+    peak = f"Peak memory {peak_memory():.1f} GiB"
+    print(f"{seconds:.0f} seconds. {peak}. Wrote {cfg.out}/bench.*")
 
 
 if __name__ == "__main__":
