@@ -589,14 +589,18 @@ def deal(photographs, prompts):
     -> per prompt its Pictures. So every photograph meets someone, and a prompt that is left out takes its
     photographs along: none counts twice.
     """
-    words = [set(re.findall(r"\w+", prompt.lower())) for prompt in prompts]
+
+    def words(text):
+        return set(re.findall(r"\w+", text.lower()))
+
     room = -(-len(photographs) // len(prompts))
     dealt = [[] for _ in prompts]
     for i in rng("bench deal").permutation(len(photographs)).tolist():
-        own = set(re.findall(r"\w+", photographs[i].text.lower()))
+        mine = words(photographs[i].text)
         rank = []
-        for other, has in zip(words, dealt):
-            near = len(own & other) / max(len(own | other), 1)
+        for prompt, has in zip(prompts, dealt):
+            theirs = words(prompt)
+            near = len(mine & theirs) / max(len(mine | theirs), 1)
             rank.append((len(has) < room, near, -len(has)))
         dealt[rank.index(max(rank))].append(photographs[i])
     return dealt
@@ -826,9 +830,9 @@ def selftest(run, judge, heldout, photographs):
             scores = [[judge.seen[x.name][metric] for x in level] for level in levels]
             result[distortion][metric] = ordered(np.mean(scores, 1).tolist())
         pictures = {i: [[x] for x in level] for i, level in enumerate(levels)}
-        results = hold(judge, matches(pictures, len(photographs)))
-        for axis in judge.axes:
-            ratings = rating(results[axis], list(pictures))
+        rows = matches(pictures, len(photographs))
+        for axis, results in hold(judge, rows).items():
+            ratings = rating(results, list(pictures))
             result[distortion][f"arena {axis}"] = ordered(means(ratings))
     return result
 
@@ -900,7 +904,7 @@ def report(cfg, result, shown):
     data = json.dumps({"result": result, "gallery": shown}, allow_nan=False)
     # <!--<script> in a prompt would swallow the page
     data = data.replace("<", r"\u003c")
-    write(out / "bench.json", json.dumps(result, indent=1, allow_nan=False).encode())
+    write(out / "bench.json", json.dumps(result, indent=1).encode())
     write(out / "bench.md", markdown(result).encode())
     write(out / "bench.html", page.replace("DATA", data, 1).encode())
 
@@ -919,12 +923,13 @@ def check(cfg, prompts):
         raise ConfigError(
             f"bench.contestants: {few(b.contestants)}; expected other names than {few(names[:5], 5)}"
         )
-    for metric in sum(b.axes.values(), []):
+    measures = sum(b.axes.values(), [])
+    for metric in measures:
         if metric not in cfg.rewards.heldout:
             raise ConfigError(
                 f"bench.axes: {metric}; expected rewards.heldout's: {few(cfg.rewards.heldout, 9)}"
             )
-    if b.judge.kind == "detector" and not any(b.axes.values()):
+    if b.judge.kind == "detector" and not measures:
         raise ConfigError(
             "bench.judge.kind: detector, but bench.axes is empty; expected vlm or openai"
         )
@@ -941,9 +946,8 @@ def check(cfg, prompts):
     categories = {}
     if b.categories:
         with loading(f"{b.categories}, for {len(prompts)} test prompts,"):
-            categories = dict(
-                zip(prompts, grpo.read_prompts(b.categories), strict=True)
-            )
+            named = grpo.read_prompts(b.categories)
+            categories = dict(zip(prompts, named, strict=True))
     return elsewhere, categories, read_votes(b.human, names, prompts) if b.human else {}
 
 
@@ -970,10 +974,9 @@ def main(cfg):
     pictures = by_prompt(contestants, prompts)
     rows = matches(pictures, b.pairs)
     results = hold(judge, rows)
-    result["arena"] = {axis: arena(results[axis]) for axis in judge.axes}
-    result["rating"] = {
-        axis: rating(results[axis], list(contestants)) for axis in judge.axes
-    }
+    result["arena"] = {axis: arena(won) for axis, won in results.items()}
+    names = list(contestants)
+    result["rating"] = {axis: rating(won, names) for axis, won in results.items()}
     if votes:
         result["human"] = compare_people(votes, results[judge.axes[0]])
     if b.selftest:
