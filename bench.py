@@ -215,7 +215,8 @@ def write(path, data):
 def in_codec(picture):
     """PIL picture -> bytes of a file without metadata"""
     file = io.BytesIO()
-    # no codec gives a side away; colour is not subsampled, which small pictures show
+    # one codec for every picture, so that none gives a side away; colour is not subsampled, which small
+    # pictures show
     picture.save(file, "JPEG", quality=95, subsampling=0)
     return file.getvalue()
 
@@ -254,8 +255,8 @@ def fill(name, pictures, micro_batch, make):
         for i, image in zip(rows, R.to_pil(make(rows))):
             write(pictures[i].file, in_codec(image))
     lines = []
-    for x in pictures:
-        row = {"image": f"pictures/{x.file.name}", "prompt": x.text}
+    for picture in pictures:
+        row = {"image": f"pictures/{picture.file.name}", "prompt": picture.text}
         lines.append(json.dumps(row))
     folder = pictures[0].file.parents[1]
     write(folder / f"{name}.jsonl", "\n".join(lines).encode())
@@ -363,7 +364,7 @@ class Files(list):
 def measure(run, rewards, pictures):
     """What each reward says of each picture -> {name: {metric: number}}, realism's mean among them"""
     # {metric: (n,)}
-    scores = run.score(rewards, Files(pictures), [x.text for x in pictures])
+    scores = run.score(rewards, Files(pictures), [picture.text for picture in pictures])
     realism = [scores[metric] for metric in run.cfg.bench.axes.get("realism", [])]
     if realism:
         scores["heldout"] = torch.stack(realism).mean(0)
@@ -402,18 +403,17 @@ def kid_scores(run, heldout, contestants):
     models = {"kid": run} | {f"kid_{name}": reward for name, reward in heldout.items()}
     draws = {}
     for metric, model in models.items():
-        if not hasattr(model, "features"):
-            continue
-        features = {}
-        for name, pictures in contestants.items():
-            chunks = batches(Files(pictures), run.cfg.micro_batch)
-            parts = [model.features(images).cpu() for images in chunks]
-            features[name] = torch.cat(parts)  # (n, D)
-        photographs = features.pop("photographs")
-        for name, x in features.items():
-            units = torch.tensor([picture.unit for picture in contestants[name]])
-            kernels = R.mean_kernels(x, photographs, units)
-            draws["scores", name, metric] = kid_draws(kernels)
+        if hasattr(model, "features"):
+            features = {}
+            for name, pictures in contestants.items():
+                chunks = batches(Files(pictures), run.cfg.micro_batch)
+                parts = [model.features(images).cpu() for images in chunks]
+                features[name] = torch.cat(parts)  # (n, D)
+            photographs = features.pop("photographs")
+            for name, x in features.items():
+                units = torch.tensor([picture.unit for picture in contestants[name]])
+                kernels = R.mean_kernels(x, photographs, units)
+                draws["scores", name, metric] = kid_draws(kernels)
     return draws
 
 
@@ -518,7 +518,9 @@ class Judge:
             self.model = self.model or connect(self.cfg, self.device)  # once
             # an Endpoint has a map of its own, which asks several at a time
             asked = getattr(self.model, "map", map)(self.put, tqdm(todo, desc="judge"))
-            self.answers |= {pair: found for pair, found in zip(todo, asked) if found}
+            self.answers |= {
+                pair: answers for pair, answers in zip(todo, asked) if answers
+            }
 
     def compare(self, x, y):
         """The detector judge takes the mean of the measures that speak for an axis
@@ -528,7 +530,9 @@ class Judge:
         answers = {}
         for axis in self.axes:
             metrics = self.cfg.bench.axes[axis]
-            ahead = sum(self.seen[x][name] - self.seen[y][name] for name in metrics)
+            ahead = sum(
+                self.seen[x][metric] - self.seen[y][metric] for metric in metrics
+            )
             answers[axis] = {1: "first", 0: "tie", -1: "second"}[np.sign(ahead)]
         return answers
 
@@ -562,7 +566,7 @@ class Judge:
 
     def summary(self, pairs):
         """How far the judge may be believed, and what it cost"""
-        told = []  # what an answer is worth to the same picture in this order, in the other to the other one
+        told = []  # each answer and that to the other order, in points of the picture shown first
         for (x, y), answers in self.answers.items():
             for axis in answers:
                 told.append((self.points(axis, x, y), self.points(axis, y, x)))
@@ -611,7 +615,9 @@ def by_prompt(contestants, prompts):
     result = {}
     for name, pictures in contestants.items():
         units = range(len(prompts))
-        result[name] = [[x for x in pictures if x.unit == p] for p in units]
+        result[name] = [
+            [picture for picture in pictures if picture.unit == p] for p in units
+        ]
     result["photographs"] = deal(contestants["photographs"], prompts)
     return result
 
@@ -827,9 +833,14 @@ def selftest(run, judge, heldout, photographs):
             levels.append([spoil(x, distortion, strength) for x in photographs])
         judge.seen |= measure(run, heldout, sum(levels[1:], []))
         for metric in sum(run.cfg.bench.axes.values(), []):
-            scores = [[judge.seen[x.name][metric] for x in level] for level in levels]
+            scores = [
+                [judge.seen[picture.name][metric] for picture in level]
+                for level in levels
+            ]
             result[distortion][metric] = ordered(np.mean(scores, 1).tolist())
-        pictures = {i: [[x] for x in level] for i, level in enumerate(levels)}
+        pictures = {
+            i: [[picture] for picture in level] for i, level in enumerate(levels)
+        }
         rows = matches(pictures, len(photographs))
         for axis, results in hold(judge, rows).items():
             ratings = rating(results, list(pictures))
