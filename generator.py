@@ -41,7 +41,7 @@ from peft.utils import get_peft_model_state_dict
 
 from common import ConfigError, batches, bounded, rng
 from kernels import per_sample_mean, sde_log_ratio, velocity_kl
-from pipeline import EncodeOnce, call_pipeline, check_replay, load_pipeline
+from pipeline import Trajectory, check_replay, load_pipeline
 from policy import Policy, old_log_probs
 
 ATTENTION = [
@@ -142,15 +142,6 @@ def join_rows(parts):
         x_next=torch.cat([part.x_next for part in parts]),
         v=torch.cat([part.v for part in parts]),
     )
-
-
-@dataclass
-class Trajectory:
-    """What a rollout leaves to learn from"""
-
-    encode: EncodeOnce  # its prompts, encoded
-    num_steps: int  # of the time grid in which `steps` have their places
-    steps: list  # Step of each place in the window, or Noised of each time
 
 
 # ---------------------------------------------------------------- maths
@@ -392,14 +383,13 @@ class Generator(Policy):
         may be split in any way. images: (B,3,H,W) in [0,1] on the CPU, in the pipeline's dtype: in bf16
         504 of 1024 px take 3 GB.
         """
-        num_steps = num_steps or self.cfg.num_steps
-        encode = EncodeOnce(self.pipe, prompts, self.encoders, self.micro_batch)
+        record = Trajectory(self, prompts, num_steps or self.cfg.num_steps)
         images = []
         finished = []
         steps = []
         with self.at_work():
             for rows in batches(range(len(prompts)), self.micro_batch):
-                image = self.draw(encode, rows, keys, window, num_steps)  # (b, 3, H, W)
+                image = self.draw(record, rows, keys, window)  # (b, 3, H, W)
                 images.append(image.clamp(0, 1).cpu())
                 finished.append(self.scheduler.latest)
                 steps.append(self.scheduler.steps)
@@ -409,18 +399,19 @@ class Generator(Policy):
             raise ConfigError(
                 "generator: pictures are not finite: it has diverged; a lower generator.lr may help"
             )
-        if not times:
-            steps = [join_rows(parts) for parts in zip(*steps)]
-            return images, Trajectory(encode, num_steps, steps)
-        x0 = torch.cat(finished)  # (B, ...)
-        # a key without its last part, the sample: the pictures of a prompt share their noise
-        noised = [
-            Noised(i, self.grid[i], x0, [("noised", *key[1:-1], i) for key in keys]) for i in times
-        ]
-        return images, Trajectory(encode, self.cfg.num_steps, noised)
+        record.steps = [join_rows(parts) for parts in zip(*steps)]
+        if times:
+            record.num_steps = self.cfg.num_steps
+            x0 = torch.cat(finished)  # (B, ...)
+            # a key without its last part, the sample: the pictures of a prompt share their noise
+            record.steps = [
+                Noised(i, self.grid[i], x0, [("noised", *key[1:-1], i) for key in keys])
+                for i in times
+            ]
+        return images, record
 
     @torch.no_grad()
-    def draw(self, encode, rows, keys, window, num_steps):
+    def draw(self, record, rows, keys, window):
         """Some rows of a rollout -> (b, 3, H, W). scheduler.latest and .steps hold what the rollout keeps.
 
         `branches` neighbours with a window start from the same noise. They part at its first stochastic step,
@@ -429,7 +420,7 @@ class Generator(Policy):
 
         def run(part, rows, latents, output_type):
             self.scheduler.record(self.cfg, part, window, noise)
-            return call_pipeline(self.pipe, self.cfg, num_steps, encode, rows, latents, output_type)
+            return record.call(rows, latents, output_type)
 
         rngs = [rng("step", *keys[row][1:]) for row in rows]
         noise = lambda shape: normal(rngs, shape)
@@ -437,22 +428,19 @@ class Generator(Policy):
         starts = [(*keys[row][:-1], keys[row][-1] // branches) for row in rows]
         if branches == 1 or window.start == 0:
             first = lambda shape: normal([rng(*start) for start in starts], shape)
-            return run(range(num_steps), rows, first, "pt")
+            return run(range(record.num_steps), rows, first, "pt")
         roots = dict(zip(starts, rows))  # start -> one of the rows that begin with it
         first = lambda shape: normal([rng(*start) for start in roots], shape)
         run(range(window.start), list(roots.values()), first, "latent")
         order = [list(roots).index(start) for start in starts]
         x = self.scheduler.latest[order]  # (b, ...)
-        return run(range(window.start, num_steps), rows, lambda shape: x, "pt")
+        return run(range(window.start, record.num_steps), rows, lambda shape: x, "pt")
 
     def replay(self, record, index, x, rows):
         """The velocity at a place in the grid for some rows of latents x, with grad: (b, ...)"""
         self.scheduler.replay(index)
         try:
-            latents = lambda shape: x
-            call_pipeline(
-                self.pipe, self.cfg, record.num_steps, record.encode, rows, latents, "latent"
-            )
+            record.call(rows, lambda shape: x, "latent")
         finally:
             self.scheduler.off()
         return self.scheduler.velocity

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torch.utils._pytree import tree_map
 
 from common import (
     ConfigError,
@@ -80,57 +81,59 @@ def load_pipeline(cfg, dtype):
     return pipe
 
 
-# ---------------------------------------------------------------- prompts are encoded once
+# ---------------------------------------------------------------- the call, whose prompts are encoded once
 
 
 # of two lengths, or Qwen-Image would return no mask at all
 EXAMPLES = ["a", "a longer text", "a"]
 
 
-def along_batch(work, results, two, three):
-    """work(parts, axis) on each part of several results of encode_prompt that has a batch axis
+def batch_axes(two, three):
+    """What encode_prompt gave for two and for three texts -> for each of its results, its batch axis
 
-    two, three: what it gave for two and for three texts. The batch axis is the one on which they differ.
+    It is the one on which they differ; None where a result is the same for all texts. A list with one thing
+    a text has axis 0.
     """
     # several values, not a list with one per text
     if isinstance(two, (list, tuple)) and len(two) == len(three):
-        columns = zip(zip(*results), two, three)
-        return type(two)(along_batch(work, parts, *examples) for parts, *examples in columns)
+        return type(two)(map(batch_axes, two, three))
     if isinstance(two, list):
-        return work(results, 0)
-    if all(part is None for part in results):  # a mask where nothing is masked
-        return None
+        return 0
     if not torch.is_tensor(two) or two.shape == three.shape:
-        return results[0]
+        return None
     lengths = list(zip(two.shape, three.shape))
     if (2, 3) not in lengths:  # Kandinsky's is where each text ends, counted over the batch
         raise ConfigError("encode_prompt gives a tensor with no row for each text; expected one")
-    return work(results, lengths.index((2, 3)))
+    return lengths.index((2, 3))
 
 
-def join(parts, axis):
+def join(axis, *parts):
     """What micro-batches gave -> the same for all their texts: tensors, or lists with one thing a text"""
+    # a mask where nothing is masked is None
+    if axis is None or all(part is None for part in parts):
+        return parts[0]
     return torch.cat(parts, axis) if torch.is_tensor(parts[0]) else sum(parts, [])
 
 
-class EncodeOnce:
-    """Takes the place of encode_prompt in a rollout and its replays; text encoders may wait on the CPU.
+class Trajectory:
+    """What a rollout leaves to learn from: its prompts, the call that drew them, for replays, and `steps`.
 
-    prompts: B texts. The distinct ones are encoded once for each set of other arguments, such as a
-    negative prompt.
+    In the call, `encode` takes the place of encode_prompt; text encoders may wait on the CPU. The distinct
+    prompts are encoded once for each set of other arguments, such as a negative prompt.
     """
 
-    def __init__(self, pipe, prompts, encoders, micro_batch):
-        self.encode_prompt = pipe.encode_prompt
-        self.prompts = prompts
-        self.encoders = encoders  # -> a context, inside which the text encoders can be called
-        self.micro_batch = micro_batch
+    def __init__(self, policy, prompts, num_steps):
+        self.policy = policy  # a Generator
+        self.encode_prompt = policy.pipe.encode_prompt
+        self.prompts = prompts  # B texts
+        self.num_steps = num_steps  # of the time grid in which `steps` have their places
+        self.steps = []  # Step of each place in the window, or Noised of each time
         self.distinct = list(dict.fromkeys(prompts))
         self.chunk = []  # the prompts of the call under way
         self.asked = []  # the lists of texts that it has asked for
         self.kept = {}
 
-    def __call__(self, *args, **kwargs):
+    def encode(self, *args, **kwargs):
         arguments = inspect.signature(self.encode_prompt).bind(*args, **kwargs).arguments
         guided = arguments.get("do_classifier_free_guidance", True)
         for name, value in arguments.items():
@@ -139,26 +142,17 @@ class EncodeOnce:
         # the arguments but for the chunk's prompts and its length, which differ from call to call
         key = repr(self.for_texts([None], arguments))
         if key not in self.kept:
-            self.kept[key] = self.encode(arguments)
+            self.kept[key] = self.encode_all(arguments)
         rows = [self.distinct.index(text) for text in self.chunk]
 
-        def pick(parts, axis):
-            if not torch.is_tensor(parts[0]):
-                return [parts[0][row] for row in rows]
-            return parts[0].index_select(axis, torch.tensor(rows, device=parts[0].device))
+        def pick(axis, whole):
+            if axis is None or whole is None:
+                return whole
+            if isinstance(whole, list):
+                return [whole[row] for row in rows]
+            return whole.index_select(axis, torch.tensor(rows, device=whole.device))
 
-        result, two, three = self.kept[key]
-        return along_batch(pick, [result], two, three)
-
-    def check(self, texts):
-        """ConfigError unless the call under way has asked for these texts: {name: as many as pictures}"""
-        for name, wanted in texts.items():
-            # a rewriter changes prompts; without guidance no pipeline needs a negative one
-            if wanted not in self.asked:
-                raise ConfigError(
-                    f"generator.call: the pipeline does not encode the {name} that it is given; "
-                    "expected no rewriting, and guidance where there is a negative_prompt"
-                )
+        return tree_map(pick, *self.kept[key])
 
     def for_texts(self, texts, arguments):
         """The arguments of a call for other texts: they replace the chunk's, other prompts are repeated."""
@@ -176,69 +170,69 @@ class EncodeOnce:
         return changed
 
     @torch.no_grad()
-    def encode(self, arguments):
-        """-> what the distinct prompts give, and the two examples that tell the batch axes"""
+    def encode_all(self, arguments):
+        """-> the batch axes, and what the distinct prompts give"""
 
         def call(texts):
             return self.encode_prompt(**self.for_texts(texts, arguments))
 
-        texts = self.distinct
-        with self.encoders():
-            two = call(EXAMPLES[:2])
-            three = call(EXAMPLES)
+        with self.policy.encoders():
+            axes = batch_axes(call(EXAMPLES[:2]), call(EXAMPLES))
             # micro_batch bounds the memory of a large text encoder as it does that of the transformer
-            parts = [call(batch) for batch in batches(texts, self.micro_batch)]
+            parts = [call(texts) for texts in batches(self.distinct, self.policy.micro_batch)]
             try:
-                result = along_batch(join, parts, two, three)
+                return axes, tree_map(join, axes, *parts)
             # each part is as long as its longest text: only together are they padded alike
             except (RuntimeError, TypeError):
-                result = call(texts)
-        return result, two, three
+                return axes, call(self.distinct)
 
+    def call(self, rows, latents, output_type):
+        """The pipeline's own call for some rows, without its no_grad -> what it draws, (b, ...)
 
-# ---------------------------------------------------------------- the call
+        latents: shape -> (b, *shape), what it starts from. Handing them over as the call's `latents` would
+        not do: FLUX.2 takes those in another shape than its scheduler sees.
+        """
+        pipe = self.policy.pipe
+        cfg = self.policy.cfg
+        self.chunk = [self.prompts[row] for row in rows]
+        self.asked = []
+        texts = {"prompt": self.chunk}
+        # as many as there are prompts, or some pipelines refuse it and others would use it once
+        if isinstance(cfg.call.get("negative_prompt"), str):
+            texts["negative_prompt"] = [cfg.call["negative_prompt"]] * len(rows)
+        prepare_latents = pipe.prepare_latents
 
+        def prepare(*args, **kwargs):
+            made = prepare_latents(*args, **kwargs)
+            theirs, *rest = made if isinstance(made, tuple) else [made]  # (b, ...)
+            ours = latents(theirs.shape[1:]).to(theirs)
+            return (ours, *rest) if rest else ours
 
-def call_pipeline(pipe, cfg, num_steps, encode, rows, latents, output_type):
-    """The pipeline's own call for some rows of a rollout, without its no_grad -> what it draws, (b, ...)
-
-    latents: shape -> (b, *shape), what it starts from. Handing them over as the call's `latents` would
-    not do: FLUX.2 takes those in another shape than its scheduler sees.
-    """
-    texts = {"prompt": [encode.prompts[row] for row in rows]}
-    arguments = dict(cfg.call)
-    # as many as there are prompts, or some pipelines refuse it and others would use it once
-    if isinstance(arguments.get("negative_prompt"), str):
-        texts["negative_prompt"] = [arguments["negative_prompt"]] * len(rows)
-    encode.chunk = texts["prompt"]
-    encode.asked = []
-    prepare_latents = pipe.prepare_latents
-
-    def prepare(*args, **kwargs):
-        made = prepare_latents(*args, **kwargs)
-        theirs = made[0] if isinstance(made, tuple) else made  # (b, ...)
-        ours = latents(theirs.shape[1:]).to(theirs)
-        return (ours, *made[1:]) if isinstance(made, tuple) else ours
-
-    # on the instance, so that `del` below uncovers the methods of the class
-    pipe.encode_prompt = encode
-    pipe.prepare_latents = prepare
-    try:
-        drawn = inspect.unwrap(type(pipe).__call__)(
-            pipe,
-            height=cfg.height,
-            width=cfg.width,
-            num_inference_steps=num_steps,
-            generator=torch.Generator(),  # for the latents that are replaced
-            output_type=output_type,
-            return_dict=False,
-            **arguments | texts,
-        )[0]
-    finally:
-        del pipe.encode_prompt
-        del pipe.prepare_latents
-    encode.check(texts)
-    return drawn
+        # on the instance, so that `del` below uncovers the methods of the class
+        pipe.encode_prompt = self.encode
+        pipe.prepare_latents = prepare
+        try:
+            drawn = inspect.unwrap(type(pipe).__call__)(
+                pipe,
+                height=cfg.height,
+                width=cfg.width,
+                num_inference_steps=self.num_steps,
+                generator=torch.Generator(),  # for the latents that are replaced
+                output_type=output_type,
+                return_dict=False,
+                **cfg.call | texts,
+            )[0]
+        finally:
+            del pipe.encode_prompt
+            del pipe.prepare_latents
+        for name, wanted in texts.items():
+            # a rewriter changes prompts; without guidance no pipeline needs a negative one
+            if wanted not in self.asked:
+                raise ConfigError(
+                    f"generator.call: the pipeline does not encode the {name} that it is given; "
+                    "expected no rewriting, and guidance where there is a negative_prompt"
+                )
+        return drawn
 
 
 # ---------------------------------------------------------------- what else is asked of it
