@@ -28,6 +28,7 @@ elbo needs no stochastic step, so a rollout may take few Euler steps, and keeps 
 of a prompt share t and eps, or the luck of the noise would look like their merit.
 """
 
+import itertools
 import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -113,6 +114,27 @@ class Step:
     x_next: torch.Tensor  # (B, ...) latents after it
     v: torch.Tensor  # (B, ...) the velocity that drew it
 
+    def at(self, rows):
+        """Latents, and the velocity that drew from there, (b, ...) each"""
+        return self.x[rows], self.v[rows]
+
+    def measure(self, rows, x, old_v, v, ref_v, ratio):
+        """The ratio of a recorded step, by config.ratio, and mean((v - ref_v)^2): log_ratio, kl, scale
+
+        guard   ratio = exp(mean(eps_old (mean - mean_old))), eps_old = (x_next - mean_old) / std
+                GRPO-Guard's (arXiv 2510.22319): the plain ratio has a bias and a scale that differ from step
+                to step. This one has neither, so that one clip range fits all steps. Its advantages are
+                divided by h, as published, because a step moves the mean by about h times the velocity.
+        ppo     ratio = exp(log_prob - old_log_prob), the plain one
+        """
+        x_next = self.x_next[rows]  # (b, ...)
+        # each (b,)
+        log_prob, log_ratio, kl = sde_log_ratio(x, v, x_next, old_v, ref_v, *self.coefficients)
+        if ratio == "guard":
+            return log_ratio, kl, 1 / self.h
+        old_log_prob, _, _ = sde_log_ratio(x, old_v, x_next, old_v, old_v, *self.coefficients)
+        return log_prob - old_log_prob, kl, 1.0
+
 
 @dataclass
 class Noised:
@@ -129,6 +151,12 @@ class Noised:
         x0 = self.x0[rows].float()  # (b, ...)
         eps = normal([rng(*self.keys[row]) for row in rows], x0.shape[1:]).to(x0.device)  # (b, ...)
         return (1 - self.t) * x0 + self.t * eps, eps - x0
+
+    def measure(self, rows, x, target, v, ref_v, ratio):
+        """ratio = exp(log_prob - old_log_prob) of finished pictures; KL: mean((v - ref_v)^2); scale"""
+        log_prob = elbo(v, target)  # (b,)
+        old = old_log_probs(self.kept, rows, log_prob)  # (b,)
+        return log_prob - old, velocity_kl(v, ref_v), 1.0
 
 
 def join_rows(parts):
@@ -191,29 +219,26 @@ def normal(rngs, shape):
 
 
 class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
-    """The stock scheduler in three modes.
+    """The stock scheduler's Euler ODE in three modes.
 
-    off: the Euler ODE. record: the same on a part of the grid, but the steps in a window are stochastic, and
-    kept. replay: the grid is a single step, and the velocity that the pipeline predicts there is kept.
+    off: the whole grid. record: a part of the grid; the steps in a window are stochastic, and kept. replay:
+    the part is a single step without a window; `velocity` is what the pipeline predicts there.
     """
 
-    mode = "off"
+    part = slice(None)
+    window = ()
 
     def off(self):
-        self.mode = "off"
+        self.part = slice(None)
+        self.window = ()
 
     def record(self, cfg, part, window, noise):
         """part: range of the grid's steps. noise: shape -> (B, *shape) standard normal"""
-        self.mode = "record"
         self.cfg = cfg
         self.part = part
         self.window = window
         self.noise = noise
         self.steps = []
-
-    def replay(self, index):
-        self.mode = "replay"
-        self.part = range(index, index + 1)
 
     # the names matter: diffusers reads this signature to see whether sigmas and mu are allowed
     def set_timesteps(
@@ -221,25 +246,16 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
     ):
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         self.grid = self.sigmas.tolist()  # num_steps + 1 times, from near 1 down to 0
-        if self.mode != "off":
-            self.timesteps = self.timesteps[self.part.start : self.part.stop]
-            self.sigmas = self.sigmas[self.part.start : self.part.stop + 1]
+        self.timesteps = self.timesteps[self.part.start : self.part.stop]
+        self.places = itertools.count(self.part.start or 0)  # in the grid, of the steps to come
 
     def scale_model_input(self, sample, timestep):
         # Bria asks for it where the scheduler is not of the stock class itself
         return sample
 
     def step(self, model_output, timestep, sample, **_):
-        if self.mode == "replay":
-            self.velocity = model_output
-            return (sample,)
-        if self.step_index is None:  # the stock bookkeeping
-            self._init_step_index(timestep)
-        i = self._step_index
-        self._step_index += 1
-        if self.mode == "record":
-            i += self.part.start
-        stochastic = self.mode == "record" and i in self.window
+        i = next(self.places)
+        stochastic = i in self.window
         sde = self.cfg.sde if stochastic else "ode"
         noise_level = self.cfg.noise_level if stochastic else 0.0
         t = self.grid[i]
@@ -251,6 +267,7 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
             x_next = x_next + std * self.noise(sample.shape[1:]).to(sample.device)
         x_next = x_next.to(sample.dtype)
         self.latest = x_next  # (B, ...), in the end the finished latents
+        self.velocity = model_output  # (B, ...)
         if stochastic:
             self.steps.append(Step(i, (c_x, c_v, std), t - s, sample, x_next, model_output))
         return (x_next,)
@@ -393,7 +410,6 @@ class Generator(Policy):
                 images.append(image.clamp(0, 1).cpu())
                 finished.append(self.scheduler.latest)
                 steps.append(self.scheduler.steps)
-        self.scheduler.off()
         images = torch.cat(images)
         if not images.isfinite().all():
             raise ConfigError(
@@ -417,32 +433,24 @@ class Generator(Policy):
         `branches` neighbours with a window start from the same noise. They part at its first stochastic step,
         so what comes before is drawn once.
         """
-
-        def run(part, rows, latents, output_type):
-            self.scheduler.record(self.cfg, part, window, noise)
-            return record.call(rows, latents, output_type)
-
         rngs = [rng("step", *keys[row][1:]) for row in rows]
         noise = lambda shape: normal(rngs, shape)
         branches = self.cfg.branches if window else 1
         starts = [(*keys[row][:-1], keys[row][-1] // branches) for row in rows]
-        if branches == 1 or window.start == 0:
-            first = lambda shape: normal([rng(*start) for start in starts], shape)
-            return run(range(record.num_steps), rows, first, "pt")
-        roots = dict(zip(starts, rows))  # start -> one of the rows that begin with it
-        first = lambda shape: normal([rng(*start) for start in roots], shape)
-        run(range(window.start), list(roots.values()), first, "latent")
-        order = [list(roots).index(start) for start in starts]
-        x = self.scheduler.latest[order]  # (b, ...)
-        return run(range(window.start, record.num_steps), rows, lambda shape: x, "pt")
+        first = lambda shape: normal([rng(*start) for start in starts], shape)
+        begin = 0
+        if branches > 1 and window.start:
+            begin = window.start
+            roots = dict(zip(starts, rows))  # start -> one of the rows that begin with it
+            shared = lambda shape: normal([rng(*start) for start in roots], shape)
+            record.call(range(begin), list(roots.values()), shared, "latent")
+            x = self.scheduler.latest[[list(roots).index(start) for start in starts]]  # (b, ...)
+            first = lambda shape: x
+        return record.call(range(begin, record.num_steps), rows, first, "pt", window, noise)
 
     def replay(self, record, index, x, rows):
         """The velocity at a place in the grid for some rows of latents x, with grad: (b, ...)"""
-        self.scheduler.replay(index)
-        try:
-            record.call(rows, lambda shape: x, "latent")
-        finally:
-            self.scheduler.off()
+        record.call(range(index, index + 1), rows, lambda shape: x, "latent")
         return self.scheduler.velocity
 
     # ------------------------------------------------ what GRPO asks of a policy
@@ -474,43 +482,13 @@ class Generator(Policy):
 
     def terms(self, record, rows):
         """One step or time after another -> log_ratio (b, 1) with grad, kl (b, 1), scale, weight, figures"""
-        measure = self.path_terms if self.cfg.log_prob == "path" else self.elbo_terms
         for step in record.steps:
-            log_ratio, kl, scale = measure(record, step, rows)  # (b,), (b,)
+            x, target = step.at(rows)  # (b, ...)
+            v = self.replay(record, step.index, x, rows)  # (b, ...), with grad
+            ref_v = v.detach()
+            if self.cfg.beta:
+                with torch.no_grad(), self.reference():
+                    ref_v = self.replay(record, step.index, x, rows)  # (b, ...)
+            # (b,), (b,)
+            log_ratio, kl, scale = step.measure(rows, x, target, v, ref_v, self.cfg.ratio)
             yield log_ratio[:, None], kl[:, None], scale, 1.0, {}
-
-    def velocities(self, record, index, x, rows):
-        """That of the policy, with grad, and that of the reference, which beta: 0 does not ask for"""
-        v = self.replay(record, index, x, rows)  # (b, ...)
-        if not self.cfg.beta:
-            return v, v.detach()
-        with torch.no_grad(), self.reference():
-            return v, self.replay(record, index, x, rows)
-
-    def elbo_terms(self, record, step, rows):
-        """ratio = exp(log_prob - old_log_prob) of finished pictures; KL: mean((v - ref_v)^2)"""
-        x, target = step.at(rows)  # (b, ...)
-        v, ref_v = self.velocities(record, step.index, x, rows)  # (b, ...)
-        log_prob = elbo(v, target)  # (b,)
-        old = old_log_probs(step.kept, rows, log_prob)  # (b,)
-        return log_prob - old, velocity_kl(v, ref_v), 1.0
-
-    def path_terms(self, record, step, rows):
-        """The ratio of a recorded step, by config.ratio, and mean((v - ref_v)^2)
-
-        guard   ratio = exp(mean(eps_old (mean - mean_old))), eps_old = (x_next - mean_old) / std
-                GRPO-Guard's (arXiv 2510.22319): the plain ratio has a bias and a scale that differ from step
-                to step. This one has neither, so that one clip range fits all steps. Its advantages are
-                divided by h, as published, because a step moves the mean by about h times the velocity.
-        ppo     ratio = exp(log_prob - old_log_prob), the plain one
-        """
-        x = step.x[rows]  # (b, ...)
-        v, ref_v = self.velocities(record, step.index, x, rows)  # (b, ...)
-        x_next = step.x_next[rows]  # (b, ...)
-        old_v = step.v[rows]  # (b, ...)
-        # each (b,)
-        log_prob, log_ratio, kl = sde_log_ratio(x, v, x_next, old_v, ref_v, *step.coefficients)
-        if self.cfg.ratio == "guard":
-            return log_ratio, kl, 1 / step.h
-        old_log_prob, _, _ = sde_log_ratio(x, old_v, x_next, old_v, old_v, *step.coefficients)
-        return log_prob - old_log_prob, kl, 1.0

@@ -186,11 +186,21 @@ class Trajectory:
             except (RuntimeError, TypeError):
                 return axes, call(self.distinct)
 
-    def call(self, rows, latents, output_type):
+    def check(self, texts):
+        """ConfigError unless the call has asked for these texts: {name: as many as pictures}"""
+        for name, wanted in texts.items():
+            # a rewriter changes prompts; without guidance no pipeline needs a negative one
+            if wanted not in self.asked:
+                raise ConfigError(
+                    f"generator.call: the pipeline does not encode the {name} that it is given; "
+                    "expected no rewriting, and guidance where there is a negative_prompt"
+                )
+
+    def call(self, part, rows, latents, output_type, window=(), noise=None):
         """The pipeline's own call for some rows, without its no_grad -> what it draws, (b, ...)
 
-        latents: shape -> (b, *shape), what it starts from. Handing them over as the call's `latents` would
-        not do: FLUX.2 takes those in another shape than its scheduler sees.
+        part, window, noise: as `PolicyScheduler.record` takes them. latents: shape -> (b, *shape), what it
+        starts from; FLUX.2 takes the call's own `latents` in another shape than its scheduler sees.
         """
         pipe = self.policy.pipe
         cfg = self.policy.cfg
@@ -211,6 +221,7 @@ class Trajectory:
         # on the instance, so that `del` below uncovers the methods of the class
         pipe.encode_prompt = self.encode
         pipe.prepare_latents = prepare
+        pipe.scheduler.record(cfg, part, window, noise)
         try:
             drawn = inspect.unwrap(type(pipe).__call__)(
                 pipe,
@@ -225,13 +236,8 @@ class Trajectory:
         finally:
             del pipe.encode_prompt
             del pipe.prepare_latents
-        for name, wanted in texts.items():
-            # a rewriter changes prompts; without guidance no pipeline needs a negative one
-            if wanted not in self.asked:
-                raise ConfigError(
-                    f"generator.call: the pipeline does not encode the {name} that it is given; "
-                    "expected no rewriting, and guidance where there is a negative_prompt"
-                )
+            pipe.scheduler.off()
+        self.check(texts)
         return drawn
 
 
@@ -242,15 +248,13 @@ class Trajectory:
 def calling(what):
     """As `loading`, but an error in a line of ours is a bug, in a fork too, and keeps its traceback."""
     try:
+        yield
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        if Path(line.filename).parent == Path(__file__).parent:
+            raise
         with loading(what):
-            yield
-    except ConfigError as error:
-        cause = error.__cause__
-        if cause:
-            line = traceback.extract_tb(cause.__traceback__)[-1]
-            if Path(line.filename).parent == Path(__file__).parent:
-                raise cause
-        raise
+            raise
 
 
 @torch.no_grad()
@@ -272,9 +276,10 @@ def check_replay(policy):
                     "many in (0, 1]"
                 )
             for step in record.steps:
-                v = policy.replay(record, step.index, step.x[rows], rows)
+                x, recorded = step.at(rows)  # (b, ...)
+                v = policy.replay(record, step.index, x, rows)
                 bound = 0.001 if v.dtype == torch.float32 else 0.01  # bf16 has two digits
-                if (v - step.v[rows]).abs().max() > bound * step.v.abs().max():
+                if (v - recorded).abs().max() > bound * step.v.abs().max():
                     raise ConfigError(
                         f"generator.model: {cfg.model}: step {step.index} is another when replayed; "
                         "expected one that depends on no number and no other picture"
