@@ -32,6 +32,7 @@ import itertools
 import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -306,9 +307,10 @@ class Generator(Policy):
                 part.training = True
         self.text_encoder = parts.get("text_encoder")
         self.without_lora = nullcontext  # of a refiner that is the text encoder
-        self.waiting = {n: p for n, p in parts.items() if offload and n.startswith("text_encoder")}
-        for name in self.waiting:
-            setattr(self.pipe, name, None)
+        self.waiting = torch.nn.ModuleDict(
+            {n: p for n, p in parts.items() if offload and n.startswith("text_encoder")}
+        )
+        self.pipe.register_modules(**dict.fromkeys(self.waiting))
         if shard:  # before it moves to the device, which may not hold the whole
             shard(self.model, self.device.type)
         self.pipe.to(device)
@@ -345,7 +347,7 @@ class Generator(Policy):
         with self.ema_weights():
             # of any pipeline: the file is the same, and not every pipeline can write one
             FluxLoraLoaderMixin.save_lora_weights(
-                str(folder),
+                folder,
                 transformer_lora_layers=get_peft_model_state_dict(self.model),
                 transformer_lora_adapter_metadata=self.model.peft_config["default"].to_dict(),
             )
@@ -367,29 +369,32 @@ class Generator(Policy):
     @contextmanager
     def ema_weights(self):
         """Inside, the LoRA is its EMA, which looks and files use. Contents change places, never names."""
-        live = {name: p.detach().clone() for name, p in self.lora.items()}
-        try:
+
+        def swap():
             for name, p in self.lora.items():
+                live = p.detach().clone()
                 p.data.copy_(self.ema[name])
+                self.ema[name].copy_(live)
+
+        swap()
+        try:
             yield
         finally:
-            for name, p in self.lora.items():
-                p.data.copy_(live[name])
+            swap()
 
     # ------------------------------------------------ drawing
 
     @contextmanager
     def encoders(self):
         """Inside, the text encoders can be called, and give what they gave before anything was trained"""
-        for name, encoder in self.waiting.items():
-            setattr(self.pipe, name, encoder.to(self.device))
+        self.pipe.register_modules(**self.waiting.to(self.device))
         try:
             with self.without_lora():
                 yield
         finally:
-            for name, encoder in self.waiting.items():
-                setattr(self.pipe, name, None)  # or the pipeline would take its device from them
-                encoder.to("cpu")
+            # or the pipeline would take its device from them
+            self.pipe.register_modules(**dict.fromkeys(self.waiting))
+            self.waiting.to("cpu")
 
     def rollout(self, prompts, keys, window=(), times=(), num_steps=None):
         """Draw one picture per prompt in num_steps, the config's if None -> images, Trajectory
@@ -433,16 +438,15 @@ class Generator(Policy):
         `branches` neighbours with a window start from the same noise. They part at its first stochastic step,
         so what comes before is drawn once.
         """
-        rngs = [rng("step", *keys[row][1:]) for row in rows]
-        noise = lambda shape: normal(rngs, shape)
+        noise = partial(normal, [rng("step", *keys[row][1:]) for row in rows])
         branches = self.cfg.branches if window else 1
         starts = [(*keys[row][:-1], keys[row][-1] // branches) for row in rows]
-        first = lambda shape: normal([rng(*start) for start in starts], shape)
+        first = partial(normal, [rng(*start) for start in starts])
         begin = 0
         if branches > 1 and window.start:
             begin = window.start
             roots = dict(zip(starts, rows))  # start -> one of the rows that begin with it
-            shared = lambda shape: normal([rng(*start) for start in roots], shape)
+            shared = partial(normal, [rng(*start) for start in roots])
             record.call(range(begin), list(roots.values()), shared, "latent")
             x = self.scheduler.latest[[list(roots).index(start) for start in starts]]  # (b, ...)
             first = lambda shape: x

@@ -45,19 +45,17 @@ def load_pipeline(cfg, dtype):
     cfg is a GeneratorConfig. ConfigError for any other sampler, and for arguments that its call has not.
     """
     check_folder(cfg.model, "model_index.json")
-    with loading(cfg.model):
-        index = DiffusionPipeline.load_config(cfg.model)
     # One model at a time, because a pipeline's own from_pretrained does not say what was missing in a file.
     parts = {}
-    for name, entry in index.items():
-        if isinstance(entry, list) and entry[0] in ("diffusers", "transformers"):
-            kind = getattr(importlib.import_module(entry[0]), entry[1])
-            if issubclass(kind, torch.nn.Module):
-                options = dict(subfolder=name, dtype=dtype)
-                if name != "vae":  # which is small, and draws
-                    options |= quantized(cfg.quantize, kind, dtype)
-                parts[name] = load_model(kind, cfg.model, **options)
     with loading(cfg.model):
+        for name, entry in DiffusionPipeline.load_config(cfg.model).items():
+            if isinstance(entry, list) and entry[0] in ("diffusers", "transformers"):
+                kind = getattr(importlib.import_module(entry[0]), entry[1])
+                if issubclass(kind, torch.nn.Module):
+                    options = dict(subfolder=name, dtype=dtype)
+                    if name != "vae":  # which is small, and draws
+                        options |= quantized(cfg.quantize, kind, dtype)
+                    parts[name] = load_model(kind, cfg.model, **options)
         pipe = DiffusionPipeline.from_pretrained(cfg.model, dtype=dtype, **parts)
     for name, part in pipe.components.items():  # some pipelines have two or three
         if name.startswith(("tokenizer", "processor")) and part is not None:
@@ -67,10 +65,10 @@ def load_pipeline(cfg, dtype):
     noisy = pipe.scheduler.config.get("stochastic_sampling")
     needed = {"encode_prompt", "prepare_latents", "transformer"} - set(dir(pipe))
     if sampler is not FlowMatchEulerDiscreteScheduler or noisy or needed:
-        found = f"{type(pipe).__name__} with {sampler.__name__}"
         raise ConfigError(
-            f"generator.model: {cfg.model} is a {found}; expected encode_prompt, prepare_latents, a "
-            "transformer, and FlowMatchEulerDiscreteScheduler without stochastic_sampling"
+            f"generator.model: {cfg.model} is a {type(pipe).__name__} with {sampler.__name__}; expected "
+            "encode_prompt, prepare_latents, a transformer, and FlowMatchEulerDiscreteScheduler without "
+            "stochastic_sampling"
         )
     with loading("generator.call"):
         inspect.signature(pipe.__call__).bind_partial(**dict.fromkeys(OURS), **cfg.call)
@@ -82,10 +80,6 @@ def load_pipeline(cfg, dtype):
 
 
 # ---------------------------------------------------------------- the call, whose prompts are encoded once
-
-
-# of two lengths, or Qwen-Image would return no mask at all
-EXAMPLES = ["a", "a longer text", "a"]
 
 
 def batch_axes(two, three):
@@ -129,8 +123,6 @@ class Trajectory:
         self.num_steps = num_steps  # of the time grid in which `steps` have their places
         self.steps = []  # Step of each place in the window, or Noised of each time
         self.distinct = list(dict.fromkeys(prompts))
-        self.chunk = []  # the prompts of the call under way
-        self.asked = []  # the lists of texts that it has asked for
         self.kept = {}
 
     def encode(self, *args, **kwargs):
@@ -177,7 +169,8 @@ class Trajectory:
             return self.encode_prompt(**self.for_texts(texts, arguments))
 
         with self.policy.encoders():
-            axes = batch_axes(call(EXAMPLES[:2]), call(EXAMPLES))
+            # of two lengths, or Qwen-Image would return no mask at all
+            axes = batch_axes(call(["a", "a longer text"]), call(["a", "a longer text", "a"]))
             # micro_batch bounds the memory of a large text encoder as it does that of the transformer
             parts = [call(texts) for texts in batches(self.distinct, self.policy.micro_batch)]
             try:
@@ -204,8 +197,8 @@ class Trajectory:
         """
         pipe = self.policy.pipe
         cfg = self.policy.cfg
-        self.chunk = [self.prompts[row] for row in rows]
-        self.asked = []
+        self.chunk = [self.prompts[row] for row in rows]  # the texts of the call under way
+        self.asked = []  # the lists of texts that it asks to be encoded
         texts = {"prompt": self.chunk}
         # as many as there are prompts, or some pipelines refuse it and others would use it once
         if isinstance(cfg.call.get("negative_prompt"), str):
@@ -286,9 +279,8 @@ def check_replay(policy):
                     )
     drawn = tuple(images.shape[2:])
     if drawn != (cfg.height, cfg.width):
-        asked = f"{cfg.height}, {cfg.width}"
         raise ConfigError(
-            f"generator.height, width: {asked}; {cfg.model} draws {drawn}; expected those"
+            f"generator.height, width: {cfg.height}, {cfg.width}; {cfg.model} draws {drawn}; expected those"
         )
     return grid
 

@@ -22,21 +22,6 @@ def on_device(model, device):
         model.to(home)
 
 
-def check_adapter(file, expected):
-    """ConfigError unless an adapter's file holds just the names `expected`, and finite tensors.
-
-    The libraries skip names that they do not know and leave what is missing as it was initialised.
-    """
-    with loading(file):
-        found = load_file(file)
-    wrong = set(found) ^ expected
-    if wrong:
-        raise ConfigError(
-            f"{file}: not the LoRA of this model: {few(sorted(wrong))}; expected one that was saved for it"
-        )
-    check_finite(file, found)
-
-
 def old_log_probs(kept, rows, log_probs):
     """Those that `remember` kept of rows, {row: tensor}, or the new ones, where no update came in between
 
@@ -71,11 +56,22 @@ class Policy:
         self.adopt()
 
     def load(self, folder):
-        """The LoRA that `save` wrote, to use or to train further"""
-        with loading(folder):
+        """The LoRA that `save` wrote, to use or to train further
+
+        ConfigError unless the file holds just the names of this model's LoRA, and finite tensors. The
+        libraries skip names that they do not know and leave what is missing as it was initialised.
+        """
+        file = Path(folder) / self.lora_file
+        with loading(file):
             self.read(str(folder))
-            names = get_peft_model_state_dict(self.model)
-        check_adapter(Path(folder) / self.lora_file, {f"{self.prefix}.{name}" for name in names})
+            found = load_file(file)
+        names = get_peft_model_state_dict(self.model)
+        wrong = set(found) ^ {f"{self.prefix}.{name}" for name in names}
+        if wrong:
+            raise ConfigError(
+                f"{file}: not the LoRA of this model: {few(sorted(wrong))}; expected one that was saved for it"
+            )
+        check_finite(file, found)
         self.adopt()
 
     def adopt(self):
