@@ -32,7 +32,7 @@ import itertools
 import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Literal
 
 import numpy as np
@@ -46,7 +46,8 @@ from kernels import per_sample_mean, sde_log_ratio, velocity_kl
 from pipeline import Trajectory, check_replay, load_pipeline
 from policy import Policy, old_log_probs
 
-ATTENTION = [
+TARGETS = [
+    # attention, of the picture's stream and of the text's
     "to_q",
     "to_k",
     "to_v",
@@ -55,8 +56,12 @@ ATTENTION = [
     "add_k_proj",
     "add_v_proj",
     "to_add_out",
+    # MLP
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
 ]
-MLP = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
 
 
 @dataclass
@@ -79,7 +84,7 @@ class GeneratorConfig:
     draw_steps: int = bounded("positive", 5)
     lora_rank: int = bounded("positive", 16)
     lora_alpha: int = bounded("positive", 32)
-    lora_targets: list[str] = field(default_factory=lambda: ATTENTION + MLP)
+    lora_targets: list[str] = field(default_factory=lambda: list(TARGETS))
     lr: float = bounded("positive", 2e-3)
     ratio: Literal["guard", "ppo"] = "guard"
     clip_range: float = bounded("positive", 1e-3)
@@ -241,11 +246,10 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
         self.noise = noise
         self.steps = []
 
-    # the names matter: diffusers reads this signature to see whether sigmas and mu are allowed
-    def set_timesteps(
-        self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None
-    ):
-        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+    # by its names: diffusers reads the signature to see whether sigmas and mu are allowed
+    @wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
+    def set_timesteps(self, *args, **kwargs):
+        super().set_timesteps(*args, **kwargs)
         self.grid = self.sigmas.tolist()  # num_steps + 1 times, from near 1 down to 0
         self.timesteps = self.timesteps[self.part.start : self.part.stop]
         self.places = itertools.count(self.part.start or 0)  # in the grid, of the steps to come
@@ -298,14 +302,15 @@ class Generator(Policy):
         self.pipe = load_pipeline(cfg, dtype)
         self.model = self.pipe.transformer
         self.lora_options = dict(init_lora_weights="gaussian", target_modules=cfg.lora_targets)
-        parts = {n: p for n, p in self.pipe.components.items() if isinstance(p, torch.nn.Module)}
-        for part in parts.values():  # what trains is the LoRA, which is added later
-            part.requires_grad_(False).eval()
+        parts = torch.nn.ModuleDict(
+            {n: p for n, p in self.pipe.components.items() if isinstance(p, torch.nn.Module)}
+        )
+        parts.requires_grad_(False).eval()  # what trains is the LoRA, which is added later
         for part in self.model.modules():
             # HiDream's experts, which have gradients in this mode alone
             if hasattr(part, "moe_infer"):
                 part.training = True
-        self.text_encoder = parts.get("text_encoder")
+        self.text_encoder = getattr(self.pipe, "text_encoder", None)
         self.without_lora = nullcontext  # of a refiner that is the text encoder
         self.waiting = torch.nn.ModuleDict(
             {n: p for n, p in parts.items() if offload and n.startswith("text_encoder")}

@@ -35,7 +35,6 @@ OURS = (
     "num_inference_steps",
     "generator",
     "output_type",
-    "return_dict",
 )
 
 
@@ -223,7 +222,6 @@ class Trajectory:
                 num_inference_steps=self.num_steps,
                 generator=torch.Generator(),  # for the latents that are replaced
                 output_type=output_type,
-                return_dict=False,
                 **cfg.call | texts,
             )[0]
         finally:

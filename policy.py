@@ -69,7 +69,8 @@ class Policy:
         wrong = set(found) ^ {f"{self.prefix}.{name}" for name in names}
         if wrong:
             raise ConfigError(
-                f"{file}: not the LoRA of this model: {few(sorted(wrong))}; expected one that was saved for it"
+                f"{file}: not the LoRA of this model: {few(sorted(wrong))}; expected one that was saved "
+                "for it"
             )
         check_finite(file, found)
         self.adopt()
