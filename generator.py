@@ -84,7 +84,7 @@ class GeneratorConfig:
     draw_steps: int = bounded("positive", 5)
     lora_rank: int = bounded("positive", 16)
     lora_alpha: int = bounded("positive", 32)
-    lora_targets: list[str] = field(default_factory=lambda: list(TARGETS))
+    lora_targets: list[str] = field(default_factory=TARGETS.copy)
     lr: float = bounded("positive", 2e-3)
     ratio: Literal["guard", "ppo"] = "guard"
     clip_range: float = bounded("positive", 1e-3)
@@ -125,7 +125,7 @@ class Step:
         return self.x[rows], self.v[rows]
 
     def measure(self, rows, x, old_v, v, ref_v, ratio):
-        """The ratio of a recorded step, by config.ratio, and mean((v - ref_v)^2): log_ratio, kl, scale
+        """-> log_ratio (b,) of the recorded step, KL (b,): mean((v - ref_v)^2), scale of the advantage
 
         guard   ratio = exp(mean(eps_old (mean - mean_old))), eps_old = (x_next - mean_old) / std
                 GRPO-Guard's (arXiv 2510.22319): the plain ratio has a bias and a scale that differ from step
@@ -138,7 +138,7 @@ class Step:
         log_prob, log_ratio, kl = sde_log_ratio(x, v, x_next, old_v, ref_v, *self.coefficients)
         if ratio == "guard":
             return log_ratio, kl, 1 / self.h
-        old_log_prob, _, _ = sde_log_ratio(x, old_v, x_next, old_v, old_v, *self.coefficients)
+        old_log_prob = sde_log_ratio(x, old_v, x_next, old_v, old_v, *self.coefficients)[0]
         return log_prob - old_log_prob, kl, 1.0
 
 
@@ -159,7 +159,10 @@ class Noised:
         return (1 - self.t) * x0 + self.t * eps, eps - x0
 
     def measure(self, rows, x, target, v, ref_v, ratio):
-        """ratio = exp(log_prob - old_log_prob) of finished pictures; KL: mean((v - ref_v)^2); scale"""
+        """-> log_ratio = log_prob - old_log_prob (b,), KL (b,): mean((v - ref_v)^2), scale
+
+        There is one ratio here, whatever `ratio` says.
+        """
         log_prob = elbo(v, target)  # (b,)
         old = old_log_probs(self.kept, rows, log_prob)  # (b,)
         return log_prob - old, velocity_kl(v, ref_v), 1.0
@@ -416,8 +419,8 @@ class Generator(Policy):
         steps = []
         with self.at_work():
             for rows in batches(range(len(prompts)), self.micro_batch):
-                image = self.draw(record, rows, keys, window)  # (b, 3, H, W)
-                images.append(image.clamp(0, 1).cpu())
+                # (b, 3, H, W)
+                images.append(self.draw(record, rows, keys, window).clamp(0, 1).cpu())
                 finished.append(self.scheduler.latest)
                 steps.append(self.scheduler.steps)
         images = torch.cat(images)
@@ -447,9 +450,8 @@ class Generator(Policy):
         branches = self.cfg.branches if window else 1
         starts = [(*keys[row][:-1], keys[row][-1] // branches) for row in rows]
         first = partial(normal, [rng(*start) for start in starts])
-        begin = 0
-        if branches > 1 and window.start:
-            begin = window.start
+        begin = window.start if branches > 1 else 0
+        if begin:
             roots = dict(zip(starts, rows))  # start -> one of the rows that begin with it
             shared = partial(normal, [rng(*start) for start in roots])
             record.call(range(begin), list(roots.values()), shared, "latent")
