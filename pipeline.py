@@ -9,7 +9,6 @@ its own business.
 import importlib
 import inspect
 import traceback
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -127,9 +126,11 @@ class Trajectory:
     def encode(self, *args, **kwargs):
         arguments = inspect.signature(self.encode_prompt).bind(*args, **kwargs).arguments
         guided = arguments.get("do_classifier_free_guidance", True)
-        for name, value in arguments.items():
-            if isinstance(value, list) and (guided or "negative" not in name):
-                self.asked.append(value)
+        self.asked += [
+            value
+            for name, value in arguments.items()
+            if isinstance(value, list) and (guided or "negative" not in name)
+        ]
         # the arguments but for the chunk's prompts and its length, which differ from call to call
         key = repr(self.for_texts([None], arguments))
         if key not in self.kept:
@@ -235,19 +236,6 @@ class Trajectory:
 # ---------------------------------------------------------------- what else is asked of it
 
 
-@contextmanager
-def calling(what):
-    """As `loading`, but an error in a line of ours is a bug, in a fork too, and keeps its traceback."""
-    try:
-        yield
-    except Exception as error:
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        if Path(line.filename).parent == Path(__file__).parent:
-            raise
-        with loading(what):
-            raise
-
-
 @torch.no_grad()
 def check_replay(policy):
     """A Generator draws two pictures and replays one -> its time grid of num_steps + 1
@@ -257,7 +245,7 @@ def check_replay(policy):
     cfg = policy.cfg
     keys = [("check", row) for row in range(2)]
     rows = [0] * min(2, policy.micro_batch)  # in a batch as large as it was drawn in
-    with calling(f"generator: {type(policy.pipe).__name__} of {cfg.model}"):
+    try:
         for n in (cfg.draw_steps, cfg.num_steps):
             images, record = policy.rollout(["a photo", "a cat"], keys, range(n), num_steps=n)
             grid = policy.scheduler.grid  # n + 1 times
@@ -275,6 +263,13 @@ def check_replay(policy):
                         f"generator.model: {cfg.model}: step {step.index} is another when replayed; "
                         "expected one that depends on no number and no other picture"
                     )
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        # an error in a line of ours is a bug, in a fork too, and keeps its traceback
+        if Path(line.filename).parent == Path(__file__).parent:
+            raise
+        with loading(f"generator: {type(policy.pipe).__name__} of {cfg.model}"):
+            raise
     drawn = tuple(images.shape[2:])
     if drawn != (cfg.height, cfg.width):
         raise ConfigError(
