@@ -234,12 +234,8 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
     the part is a single step without a window; `velocity` is what the pipeline predicts there.
     """
 
-    part = slice(None)
+    part = slice(None)  # all of the grid
     window = ()
-
-    def off(self):
-        self.part = slice(None)
-        self.window = ()
 
     def record(self, cfg, part, window, noise):
         """part: range of the grid's steps. noise: shape -> (B, *shape) standard normal"""
@@ -248,6 +244,9 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
         self.window = window
         self.noise = noise
         self.steps = []
+
+    def off(self):
+        del self.part, self.window  # which uncovers those of the class
 
     # by its names: diffusers reads the signature to see whether sigmas and mu are allowed
     @wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)

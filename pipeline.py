@@ -200,9 +200,10 @@ class Trajectory:
         self.chunk = [self.prompts[row] for row in rows]  # the texts of the call under way
         self.asked = []  # the lists of texts that it asks to be encoded
         texts = {"prompt": self.chunk}
+        negative = cfg.call.get("negative_prompt")
         # as many as there are prompts, or some pipelines refuse it and others would use it once
-        if isinstance(cfg.call.get("negative_prompt"), str):
-            texts["negative_prompt"] = [cfg.call["negative_prompt"]] * len(rows)
+        if isinstance(negative, str):
+            texts["negative_prompt"] = [negative] * len(rows)
         prepare_latents = pipe.prepare_latents
 
         def prepare(*args, **kwargs):
@@ -243,7 +244,7 @@ def check_replay(policy):
     ConfigError where a step depends on its number or on the batch: it cannot be trained.
     """
     cfg = policy.cfg
-    keys = [("check", row) for row in range(2)]
+    keys = [("check", 0), ("check", 1)]
     rows = [0] * min(2, policy.micro_batch)  # in a batch as large as it was drawn in
     try:
         for n in (cfg.draw_steps, cfg.num_steps):

@@ -29,7 +29,7 @@ KEYS = [("picture", 0, 0, p, m) for p in range(2) for m in range(3)]
 def log_ratios(policy, record, rows):
     """Of each recorded step, without gradient: (steps, b)"""
     with torch.no_grad():
-        return torch.stack([policy.path_terms(record, step, rows)[0] for step in record.steps])
+        return torch.stack([log_ratio[:, 0] for log_ratio, *_ in policy.terms(record, rows)])
 
 
 def main():
@@ -41,9 +41,8 @@ def main():
     print(f"replayed: log-ratio at most {noise.abs().max():.1e}; the clip is {cfg.clip_range:.1e}")
     adamw = torch.optim.AdamW(policy.parameters(), lr=cfg.lr)
     advantage = torch.tensor([[1.2], [-1.2], [0.3]])
-    for step in record.steps:
-        log_ratio, kl, scale = policy.path_terms(record, step, [0, 1, 2])  # (b,), (b,)
-        loss, _ = grpo.clipped_loss(log_ratio[:, None], scale * advantage, *policy.clip())
+    for log_ratio, kl, scale, *_ in policy.terms(record, [0, 1, 2]):  # (b, 1), (b, 1)
+        loss, _ = grpo.clipped_loss(log_ratio, scale * advantage, *policy.clip())
         (loss.mean() + cfg.beta * kl.mean()).div(cfg.window).backward()
     torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
     adamw.step()
