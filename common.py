@@ -97,6 +97,11 @@ def torch_seed(use, *numbers):
 # ---------------------------------------------------------------- batches and weights
 
 
+def repeat(items, times):
+    """[a, b] -> [a, a, b, b]: what belongs to a prompt, for each of its pictures"""
+    return [item for item in items for _ in range(times)]
+
+
 def batches(items, size):
     """A list, range or tensor, `size` at a time: a batch bounds memory, and changes no result."""
     return (items[i : i + size] for i in range(0, len(items), size))

@@ -33,6 +33,7 @@ train.
 """
 
 import copy
+import math
 import signal
 import sys
 import warnings
@@ -43,15 +44,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
-import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 from omegaconf import OmegaConf
 from torch.utils._pytree import tree_map
 
 import ranks
-from common import ConfigError, batches, bounded, check_bounds, loading, rng, torch_seed
+from common import (
+    ConfigError,
+    batches,
+    bounded,
+    check_bounds,
+    loading,
+    repeat,
+    rng,
+    torch_seed,
+)
 from folder import Log, checkpoints, load_checkpoint, lock, save_checkpoint
 from generator import Generator, GeneratorConfig
 from learner import Learner, Photographs, UpdateConfig
@@ -138,20 +146,15 @@ def load_config(argv, schema=Config):
     with loading(path):
         file = OmegaConf.load(path)
         profiles = file.pop("profiles", {})
-    changes = []
-    for word in words:
+        whole = OmegaConf.merge(OmegaConf.structured(schema), file)  # checks keys and types
+    for word in sorted(words, key=lambda word: not word.startswith("profile=")):  # profiles first
         key, equals, value = word.partition("=")
         if not equals:
             raise ConfigError(f"{word!r}: expected key=value, such as generator.num_steps=4")
         with loading(word):
-            if key == "profile":
-                file = OmegaConf.merge(file, profiles[value])
-            else:
-                changes.append(OmegaConf.from_dotlist([word]))
-    with loading(path):
-        # checks keys and types
-        whole = OmegaConf.merge(OmegaConf.structured(schema), file, *changes)
-        cfg = OmegaConf.to_object(whole)
+            change = profiles[value] if key == "profile" else OmegaConf.from_dotlist([word])
+            whole = OmegaConf.merge(whole, change)
+    cfg = OmegaConf.to_object(whole)
     check_bounds(cfg)
     return cfg
 
@@ -258,13 +261,13 @@ class Run:
         self.validation = load_rewards(cfg.rewards.validation, home)
         self.weights = {name: reward.weight for name, reward in cfg.rewards.train.items()}
         self.kid_model = Clip(cfg.rewards.kid, self.device)
-        place = (self.device, getattr(torch, cfg.dtype), cfg.micro_batch)
+        place = (self.device, getattr(torch, cfg.dtype), cfg.micro_batch, cfg.offload)
         shard = ranks.shard if cfg.fsdp and ranks.WORLD > 1 else None
-        self.generator = Generator(cfg.generator, *place, cfg.offload, shard)
+        self.generator = Generator(cfg.generator, *place, shard)
         self.policies = {"generator": self.generator}
         self.refiner = None
         if cfg.refiner:
-            self.refiner = Refiner(cfg.refiner, *place, cfg.offload, self.generator)
+            self.refiner = Refiner(cfg.refiner, *place, self.generator)
             self.policies["refiner"] = self.refiner
         self.optimizers = {}
         self.learners = {}
@@ -329,16 +332,17 @@ class Run:
         # images (p*N*M, 3, H, W)
         rewrites, images, trajectory = self.rollout(ranks.mine(prompts), stage, iteration)
         # against what the user typed, not what was drawn: a rewrite that drifts off the subject loses
-        words = [prompt for prompt in ranks.mine(prompts) for _ in range(N * M)]
+        words = repeat(ranks.mine(prompts), N * M)
         scores = self.score(self.rewards, images, words, P)  # {name: (P*N*M,)}
         row = self.reward_figures(scores, stage)
         if stage.train != "refiner":
             # A picture is compared with the pictures of its own text. Among all pictures of the prompt, a
             # good text would give its pictures an advantage that they did nothing for.
             advantage = advantages(scores, self.weights, P * N).view(P, N * M)
-            k = self.cfg.generator.extremes
             with self.generator.at_work():
-                row["generator"] = self.update("generator", trajectory, advantage, k)
+                row["generator"] = self.update(
+                    "generator", trajectory, advantage, self.cfg.generator.extremes
+                )
         if stage.train != "generator":
             advantage = self.text_advantages(rewrites, scores, stage)  # (P, rewrites)
             with self.refiner.at_work():
@@ -351,7 +355,7 @@ class Run:
         if self.learners:
             # Last, so that they judge the next step. In this one, pictures that a detector has just learnt
             # would stand below those of their group that it has not.
-            words = [prompt for prompt in prompts for _ in range(N * M)]  # of all ranks
+            words = repeat(prompts, N * M)  # of all ranks
             images = ranks.gather(as_bytes(images), P)  # (P*N*M, 3, H, W) uint8
             row["detectors"] = {
                 name: learner.step(images, words, row["rewards"][name], iteration)
@@ -386,21 +390,19 @@ class Run:
             texts = []  # p*N: in each group the user's words first, if they are kept
             for prompt, written in zip(prompts, batches(sampled, stage.rewrites)):
                 texts += [prompt] * stage.keep_original + written
-        # Rewrites are compared on the same noise (common random numbers), or the luck of the noise would hide
-        # what the words are worth. Pictures that train have noise of their own: it is what they explore with.
         M = stage.images
-        stride = 0 if stage.train == "refiner" else M
-        keys = [
-            ("picture", cfg.seed, iteration, p, n * stride + m)
-            for p in numbers
-            for n in range(stage.texts)
-            for m in range(M)
-        ]
-        places = {}
-        if stage.train != "refiner":
+        if stage.train == "refiner":
+            # Rewrites are compared on the same noise (common random numbers), or the luck of the noise would
+            # hide what the words are worth.
+            samples = [*range(M)] * stage.texts
+            places = {}
+        else:
+            # Pictures that train have noise of their own: it is what they explore with.
+            samples = range(stage.texts * M)
             # the same for the whole step, or the log-ratios of a group would differ in scale
             places = self.generator.places(rng("window", cfg.seed, iteration))
-        texts = [text for text in texts for _ in range(M)]  # p*N*M
+        keys = [("picture", cfg.seed, iteration, p, sample) for p in numbers for sample in samples]
+        texts = repeat(texts, M)  # p*N*M
         images, trajectory = self.generator.rollout(
             texts, keys, num_steps=cfg.generator.draw_steps, **places
         )
@@ -409,11 +411,12 @@ class Run:
     def next_prompts(self, iteration, P):
         """The P prompts of a step; a permutation an epoch draws each once before any twice"""
         n = len(self.prompts)
-        # counted over the run: resume needs no state
-        draws = range(iteration * P, (iteration + 1) * P)
-        epochs = {i // n for i in draws}
-        orders = {e: rng("prompts", self.cfg.seed, e).permutation(n) for e in epochs}
-        return [self.prompts[orders[i // n][i % n]] for i in draws]
+        epoch, start = divmod(iteration * P, n)  # counted over the run: resume needs no state
+        order = []  # of whole epochs
+        while len(order) < start + P:
+            order += [*rng("prompts", self.cfg.seed, epoch).permutation(n)]
+            epoch += 1
+        return [self.prompts[i] for i in order[start : start + P]]
 
     def text_advantages(self, rewrites, scores, stage):
         """(P, rewrites): a rewrite is compared with the texts of its prompt, by the mean over its M images
@@ -424,7 +427,8 @@ class Run:
         scores = {name: r.view(P * stage.texts, -1).mean(1) for name, r in scores.items()}  # (P*N,)
         bad = ranks.gather(rewrites.bad_format, P).view(P, -1)  # (P, rewrites)
         users = int(stage.keep_original)
-        scores["(format)"] = -F.pad(bad, (users, 0)).flatten()  # (P*N,), a name that no reward has
+        # (P*N,), a name that no reward has
+        scores["(format)"] = -torch.nn.functional.pad(bad, (users, 0)).flatten()
         weights = self.weights | {"(format)": self.cfg.refiner.format_penalty}
         return advantages(scores, weights, P)[:, users:]
 
@@ -466,8 +470,7 @@ class Run:
     def set_lr(self, share):
         """Each policy's learning rate: a share of its own"""
         for name, optimizer in self.optimizers.items():
-            for group in optimizer.param_groups:
-                group["lr"] = share * self.policies[name].cfg.lr
+            optimizer.param_groups[0]["lr"] = share * self.policies[name].cfg.lr
 
     def optimize(self, name):
         """One AdamW step -> the gradient's norm. It is left out where that is not finite."""
@@ -475,7 +478,7 @@ class Run:
         parameters = policy.parameters()
         ranks.sum_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.cfg.max_grad_norm).item()
-        if np.isfinite(norm):  # one NaN would stay in AdamW's moments for ever
+        if math.isfinite(norm):  # one NaN would stay in AdamW's moments for ever
             self.optimizers[name].step()
             policy.update_ema()
         self.optimizers[name].zero_grad()
@@ -494,7 +497,7 @@ class Run:
         M = self.cfg.eval_images
         numbers = ranks.mine(range(P))
         prompts = ranks.mine(self.validation_prompts)
-        words = [prompt for prompt in prompts for _ in range(M)]  # p*M
+        words = repeat(prompts, M)  # p*M
         texts = words
         if stage.rewrites:  # another one for each picture
             keys = [("look rewrite", seed, p) for p in numbers]
@@ -547,29 +550,22 @@ class Run:
 # ---------------------------------------------------------------- training
 
 
-def signals():
-    """-> a list that will hold SIGINT and SIGTERM when they come: the turn is finished and saved first"""
-    received = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: received.append(number))
-    return received
-
-
 def train(cfg):
     """All stages, one after another; each starts from the weights that the one before it kept."""
     check_run(cfg)
     # A stage of n steps has n + 1 turns. A look belongs to the weights before the step whose turn it shares,
     # and the last turn of a stage only looks.
-    turns = [(i, step) for i, stage in enumerate(cfg.stages) for step in range(stage.steps + 1)]
+    turns = [(i, s, step) for i, s in enumerate(cfg.stages) for step in range(s.steps + 1)]
     with lock(cfg), ranks.meeting(ranks.pick_device(cfg.device)):
         run = Run(cfg)
         progress = {"turn": 0, "looks": {}, "rows": []}
         if cfg.resume and checkpoints(cfg.out):
             progress = load_checkpoint(cfg, run.restore)
         with closing(Log(run, progress["rows"])) as log:
-            stop = signals()
-            for number, step in turns[progress["turn"] :]:
-                stage = cfg.stages[number]
+            stop = []  # signals that came: the turn is finished and saved first
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda number, frame: stop.append(number))
+            for number, stage, step in turns[progress["turn"] :]:
                 # training steps so far: each stage before this one had one turn more than it has steps
                 iteration = progress["turn"] - number
                 over = step == stage.steps
@@ -599,7 +595,7 @@ def look(run, stage, iteration, looks):
     cfg = run.cfg
     figures, images = run.evaluate(stage)
     if ranks.RANK == 0:
-        path = Path(cfg.out) / "samples" / f"{iteration:05d}_{stage.train}.png"
+        path = f"{cfg.out}/samples/{iteration:05d}_{stage.train}.png"
         save_grid(images[:96], path, columns=16)
     this = {
         "step": iteration,
@@ -608,10 +604,12 @@ def look(run, stage, iteration, looks):
         "images": images[:: cfg.eval_images],  # (P, 3, H, W), one a prompt
     }
     first = looks.setdefault("first", this)["figures"]
-    falls = {name: first[f"train_{name}"] - figures[f"train_{name}"] for name in run.weights}
-    # the falls of a reward that learns say nothing
-    steady = set(falls) - set(cfg.learners)
-    within = all(falls[name] <= cfg.keep_within.get(name, np.inf) for name in steady)
+    within = all(
+        first[f"train_{name}"] - figures[f"train_{name}"] <= limit
+        for name, limit in cfg.keep_within.items()
+        # the fall of a reward that learns says nothing
+        if name in run.weights and name not in cfg.learners
+    )
     if "best" not in looks or within and this["worth"] > looks["best"]["worth"]:
         looks["best"] = this | {"tensors": copy.deepcopy(run.tensors())}
     return figures
@@ -625,15 +623,16 @@ def finish_stage(run, number, progress, log):
     run.set_tensors(best["tensors"])
     stage = cfg.stages[number].train
     if ranks.RANK == 0:
-        out = Path(cfg.out)
         for name, policy in run.policies.items():
-            policy.save(out / name)
-        path = out / "samples" / f"before_after_{number}_{stage}.png"
+            policy.save(f"{cfg.out}/{name}")
+        path = f"{cfg.out}/samples/before_after_{number}_{stage}.png"
         save_before_after(looks["first"]["images"], best["images"], path)
-        save_curves(progress["rows"], out / "curves.png")
+        save_curves(progress["rows"], f"{cfg.out}/curves.png")
     shown = "score" if cfg.keep == "last" else cfg.keep
-    worth = f"{shown} {best['figures'][shown]:.3f}"
-    log.say(f"stage {number} ({stage}) keeps the weights of step {best['step']}: {worth}")
+    log.say(
+        f"stage {number} ({stage}) keeps the weights of step {best['step']}: "
+        f"{shown} {best['figures'][shown]:.3f}"
+    )
     looks.clear()  # the next stage has its own
 
 
