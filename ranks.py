@@ -72,8 +72,7 @@ def total(number):
 
 def sum_figures(figures):
     """{name: this rank's part} -> {name: sum over the ranks}"""
-    sums = all_sum(torch.tensor([*figures.values()], dtype=torch.float64))
-    return dict(zip(figures, sums.tolist()))
+    return {name: total(value) for name, value in figures.items()}
 
 
 def from_rank_0(figures):
