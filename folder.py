@@ -68,7 +68,7 @@ def lock(cfg):
         sys.stdout = open(os.devnull, "w")
         yield
         return
-    if not cfg.resume and out.exists() and any(path.name != "run.lock" for path in out.iterdir()):
+    if not cfg.resume and any(path.name != "run.lock" for path in out.glob("*")):
         raise ConfigError(
             f"out: {out} is in use; choose another with out=NAME, or go on with resume=true"
         )
@@ -106,32 +106,30 @@ class Log:
         """rows: those of a resumed run, which are written again"""
         cfg = run.cfg
         self.rows = rows
-        self.out = Path(cfg.out)
+        self.out = cfg.out
         self.tracker = None
         steps = sum(stage.steps for stage in cfg.stages)
         done = sum("reward" in row for row in rows)  # the others only looked
         self.bar = tqdm(total=steps, initial=done, desc="train", disable=ranks.RANK > 0)
+        self.say = self.bar.write  # a line above the bar
         if ranks.RANK:
             self.file = open(os.devnull, "w")
             return
         for folder in ("samples", "checkpoint"):  # now: a start that failed has left nothing
-            (self.out / folder).mkdir(exist_ok=True)
+            Path(cfg.out, folder).mkdir(exist_ok=True)
         # resolved: with profile and words in it, so that it alone says what ran
-        OmegaConf.save(OmegaConf.create(asdict(cfg)), self.out / "config.yaml")
-        self.file = open(self.out / "metrics.jsonl", "w")
+        OmegaConf.save(OmegaConf.create(asdict(cfg)), f"{cfg.out}/config.yaml")
+        self.file = open(f"{cfg.out}/metrics.jsonl", "w")
         # rows after the checkpoint are forgotten: their steps are taken again
         self.file.writelines(json.dumps(row) + "\n" for row in rows)
         if cfg.log:  # wandb and trackio speak the same three calls
             with loading(f"log: {cfg.log}"):
                 self.tracker = importlib.import_module(cfg.log)
                 self.tracker.init(project="nanoRealGen", name=cfg.out, config=asdict(cfg))
-        libraries = (torch, diffusers, transformers)
-        versions = [f"{library.__name__} {library.__version__}" for library in libraries]
-        self.say(f"{', '.join(versions)}; {run.device} x {ranks.WORLD}, {cfg.dtype}")
-
-    def say(self, text):
-        """A line above the progress bar"""
-        self.bar.write(text)
+        self.say(
+            f"torch {torch.__version__}, diffusers {diffusers.__version__}, "
+            f"transformers {transformers.__version__}; {run.device} x {ranks.WORLD}, {cfg.dtype}"
+        )
 
     def seconds(self):
         """Since this process began to train; the bar has counted them"""
@@ -164,8 +162,9 @@ class Log:
 
     def close(self):
         """After an error too, so that a tracker does not show a dead run as one at work"""
-        memory = f"Peak memory {peak_memory():.1f} GiB"
-        self.say(f"{self.seconds():.0f} seconds. {memory}. Wrote {self.out}/")
+        self.say(
+            f"{self.seconds():.0f} seconds. Peak memory {peak_memory():.1f} GiB. Wrote {self.out}/"
+        )
         self.bar.close()
         self.file.close()
         if self.tracker:
@@ -234,8 +233,10 @@ def load_checkpoint(cfg, restore):
             print(f"resume: {error}; falls back to the one before")
             continue
         if changed:  # no damage, and the one before would say the same
-            remedy = "set it back, or train anew with out=NAME"
-            raise ConfigError(f"resume: {changed[0]} is not what {path} was written with; {remedy}")
+            raise ConfigError(
+                f"resume: {changed[0]} is not what {path} was written with; set it back, or train anew with "
+                "out=NAME"
+            )
         print(f"resume: goes on from {path}")
         return saved["progress"]
     raise ConfigError(f"resume: no checkpoint of {cfg.out} can be read; train anew with out=NAME")
