@@ -40,12 +40,13 @@ def draw(cfg, prompts):
         ranks.pick_device(cfg.device),
         getattr(torch, cfg.dtype),
         cfg.micro_batch,
+        cfg.offload,
     )
     numbers = range(len(prompts))
     texts = prompts  # with refiner=null they are drawn as they are
-    generator = with_lora(Generator(cfg.generator, *place, cfg.offload), out / "generator")
+    generator = with_lora(Generator(cfg.generator, *place), out / "generator")
     if cfg.refiner:
-        refiner = with_lora(Refiner(cfg.refiner, *place, cfg.offload, generator), out / "refiner")
+        refiner = with_lora(Refiner(cfg.refiner, *place, generator), out / "refiner")
         texts, _ = refiner.rollout(prompts, 1, [("sample rewrite", cfg.seed, i) for i in numbers])
     # (B, 3, H, W), Euler steps: nothing explores here
     images, _ = generator.rollout(texts, [("sample", cfg.seed, i) for i in numbers])
@@ -53,8 +54,8 @@ def draw(cfg, prompts):
     folder.mkdir(parents=True, exist_ok=True)
     # a name that is free: earlier pictures stay, whichever of them were deleted
     names = (folder / f"{i:05d}.png" for i in itertools.count())
-    free = (path for path in names if not path.exists())
-    for path, picture, prompt, text in zip(free, to_pil(images), prompts, texts):
+    for picture, prompt, text in zip(to_pil(images), prompts, texts):
+        path = next(path for path in names if not path.exists())
         info = PngInfo()
         info.add_itxt("prompt", prompt)  # which score=true reads
         info.add_itxt("rewrite", text)
@@ -73,16 +74,16 @@ def judge(cfg, paths):
     images = torch.stack([read_image(path, shape) for path in paths])  # (B, 3, H, W)
     prompts = [Image.open(path).info.get("prompt", "") for path in paths]
     # a table with tabs, for a terminal or a spreadsheet
-    print("\t".join(["reward", *paths]))
+    print("reward", *paths, sep="\t")
     for name, config in (cfg.rewards.train | cfg.rewards.validation).items():
         # made anew each time: together they may not fit
         reward = load_rewards({name: config}, ranks.pick_device(cfg.device))
         values = score(reward, images, prompts, cfg.micro_batch)[name].tolist()
-        reads_prompt = getattr(reward[name], "needs_prompt", False)
-        # without its prompt a picture's alignment says nothing
-        known = [prompt or not reads_prompt for prompt in prompts]
-        cells = [f"{value:.3f}" if know else "-" for value, know in zip(values, known)]
-        print("\t".join([name, *cells]))
+        cells = [f"{value:.3f}" for value in values]
+        if getattr(reward[name], "needs_prompt", False):
+            # without its prompt a picture's alignment says nothing
+            cells = [cell if prompt else "-" for cell, prompt in zip(cells, prompts)]
+        print(name, *cells, sep="\t")
 
 
 def main(argv):
