@@ -154,7 +154,8 @@ def load_config(argv, schema=Config):
         with loading(word):
             change = profiles[value] if key == "profile" else OmegaConf.from_dotlist([word])
             whole = OmegaConf.merge(whole, change)
-    cfg = OmegaConf.to_object(whole)
+    with loading(path):
+        cfg = OmegaConf.to_object(whole)
     check_bounds(cfg)
     return cfg
 
@@ -563,8 +564,8 @@ def train(cfg):
             progress = load_checkpoint(cfg, run.restore)
         with closing(Log(run, progress["rows"])) as log:
             stop = []  # signals that came: the turn is finished and saved first
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda number, frame: stop.append(number))
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(signum, lambda signum, frame: stop.append(signum))
             for number, stage, step in turns[progress["turn"] :]:
                 # training steps so far: each stage before this one had one turn more than it has steps
                 iteration = progress["turn"] - number
