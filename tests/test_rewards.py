@@ -238,23 +238,15 @@ def test_what_is_no_whole_omniaid_is_refused(tmp_path, monkeypatch, damage):
 # ---------------------------------------------------------------- Probe
 
 
-def two_kinds(count):
-    """Smooth pictures, then noisy ones, (2 count,3,32,32), and labels 0 and 1"""
-    smooth = torch.rand(count, 3, 1, 1).expand(-1, -1, 32, 32)
-    return torch.cat([smooth, torch.rand(count, 3, 32, 32)]), torch.arange(2 * count) // count
-
-
 def test_a_probe_is_the_logistic_head_of_its_file(tmp_path):
-    """It tells apart kinds of pictures that it was not fitted on, and only its head has a gradient."""
-    images, labels = two_kinds(32)
-    head = probe.fit(Probe("nano/clip", head=None).features(images), labels, 0.01)
+    """Of the pooled features of a picture, standardised; only its head has a gradient."""
+    head = torch.nn.Linear(128, 1)  # as wide as the features of nano/clip
     save_file(head.state_dict(), tmp_path / "head.safetensors")
     reward = Probe("nano/clip", head=tmp_path / "head.safetensors")
     for p in reward.trainable():
         p.requires_grad_()
-    images, labels = two_kinds(16)
-    scores = reward(images, [""] * 32)  # (B,)
-    assert ((scores > 0.5) == labels).all()
+    images = pictures(3, 32)
+    scores = reward(images, [""] * 3)  # (B,)
     pooled = reward.model(reward.preprocess(images)).pooler_output  # (B, D)
     features = (pooled - pooled.mean(1, keepdim=True)) / pooled.std(1, keepdim=True, correction=0)
     assert_close(scores, head(features)[:, 0].sigmoid(), rtol=1e-3, atol=1e-4)
