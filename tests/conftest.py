@@ -1,7 +1,9 @@
 """Tiny random checkpoints of the real classes, saved with save_pretrained: tests go through the code that real models go through."""
 
+import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach a network
@@ -27,23 +29,6 @@ def in_repository(monkeypatch):
     torch.manual_seed(0)
 
 
-def qwen_vl(tokenizer, **options):
-    """An image-text model, which is also the text encoder of Qwen-Image"""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    text = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        rope_parameters=dict(rope_type="default", mrope_section=[2, 3, 3], rope_theta=1e4),
-    )
-    vision = dict(depth=2, hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=32)
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **options))
-
-
 TINY = dict(
     model="nano/flux",
     call=dict(guidance_scale=3.5, max_sequence_length=16),
@@ -67,6 +52,12 @@ def perturb(gen, std=0.05):
         if "lora_B" in key:
             p.data = std * torch.randn(p.shape, generator=g)
             gen.ema[key].copy_(p.data)
+
+
+def nudge(policy):
+    """Make its LoRA another than the one that drew"""
+    for p in policy.parameters():
+        p.data += 0.02
 
 
 @pytest.fixture
@@ -106,7 +97,25 @@ def damage(file, kind):
     save_file(weights | instead[kind], file, {"format": "pt"})
 
 
+@dataclass
+class Bomb:
+    """Unpickled, it would make a folder"""
+
+    place: str
+
+    def __reduce__(self):
+        return os.mkdir, (self.place,)
+
+
+def read_log(out):
+    """-> the rows of a run's metrics.jsonl"""
+    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+
+
 REWARDS = """
+import random
+
+import numpy
 import torch
 
 def bright(images, prompts):
@@ -114,6 +123,15 @@ def bright(images, prompts):
 
 def smooth(images, prompts):
     return -images.diff(dim=3).abs().mean((1, 2, 3))
+
+def side(images, prompts):  # around 0, so that rounding stays small
+    return (images[..., :8] - images[..., 8:]).mean((1, 2, 3))
+
+def half(images, prompts):
+    return (images[..., :8, :] - images[..., 8:, :]).mean((1, 2, 3))
+
+def noisy(images, prompts):  # draws from all global generators, as an augmentation would
+    return torch.rand(len(images)) + random.random() + float(numpy.random.rand())
 """
 
 

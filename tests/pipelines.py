@@ -12,9 +12,9 @@ import sys
 import tempfile
 import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 
-import conftest
 import diffusers
 import torch
 import transformers
@@ -39,11 +39,31 @@ def tokens(**options):
     return transformers.AutoTokenizer.from_pretrained(ROOT / "nano/refiner", **options)
 
 
-def llm(name, tokenizer, **options):
-    """A language model of three layers: "Qwen3ForCausalLM" or another class of transformers"""
+def llm(name, **options):
+    """A language model of three layers, "Qwen3ForCausalLM" or another class of transformers, and its tokenizer"""
+    tokenizer = tokens(**options)
     kind = getattr(transformers, name)
-    config = kind.config_class(vocab_size=len(tokenizer), max_position_embeddings=1024, pad_token_id=0, bos_token_id=0, eos_token_id=0, **TEXT | options)
-    return kind(config)
+    config = kind.config_class(vocab_size=len(tokenizer), max_position_embeddings=1024, pad_token_id=0, bos_token_id=0, eos_token_id=0, **TEXT)
+    return kind(config), tokenizer
+
+
+def vl_text(tokenizer, layers=2):
+    """The language half of a Qwen-VL"""
+    rope = dict(rope_type="default", mrope_section=[2, 3, 3], rope_theta=1e4)
+    sizes = dict(vocab_size=len(tokenizer), max_position_embeddings=1024, num_hidden_layers=layers)
+    return TEXT | sizes | dict(rope_parameters=rope)
+
+
+def qwen_vl(tokenizer, **options):
+    """An image-text model, which is also the text encoder of Qwen-Image"""
+    vision = dict(depth=2, hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=32)
+    config = transformers.Qwen2_5_VLConfig(text_config=vl_text(tokenizer), vision_config=vision, **options)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen3_vl(tokenizer, layers=3):
+    vision = dict(depth=1, hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=32, deepstack_visual_indexes=[0])
+    return transformers.Qwen3VLConfig(text_config=vl_text(tokenizer, layers), vision_config=vision)
 
 
 def clip_text(projection=False):
@@ -62,23 +82,28 @@ def clip_text(projection=False):
     return (transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(config), tokenizer
 
 
-def t5():
-    tokenizer = transformers.T5TokenizerFast.from_pretrained(ROOT / "nano/flux/tokenizer_2")
-    config = transformers.T5Config(
-        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2
-    )
-    return transformers.T5EncoderModel(config), tokenizer
+def t5(kind=transformers.T5EncoderModel, tokenizer=None):
+    tokenizer = tokenizer or transformers.T5TokenizerFast.from_pretrained(ROOT / "nano/flux/tokenizer_2")
+    config = kind.config_class(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    return kind(config), tokenizer
 
 
-def vae(latent_channels=4):
-    return diffusers.AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=(8, 8),
+def blocks(count):
+    """Of an autoencoder, each but the first of which halves height and width"""
+    return dict(
+        down_block_types=["DownEncoderBlock2D"] * count,
+        up_block_types=["UpDecoderBlock2D"] * count,
+        block_out_channels=[8] * count,
         layers_per_block=1,
-        latent_channels=latent_channels,
         norm_num_groups=4,
         sample_size=16,
+    )
+
+
+def vae(latent_channels=4, count=2):
+    return diffusers.AutoencoderKL(
+        **blocks(count),
+        latent_channels=latent_channels,
         mid_block_add_attention=False,
         use_quant_conv=False,
         use_post_quant_conv=False,
@@ -88,23 +113,12 @@ def vae(latent_channels=4):
 
 
 def flux2_vae():
-    return diffusers.AutoencoderKLFlux2(
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-    )
+    return diffusers.AutoencoderKLFlux2(**blocks(2), latent_channels=4)
 
 
 def vae8():
     """Eight pixels a latent, where a pipeline takes that for granted"""
-    config = vae().config
-    return diffusers.AutoencoderKL.from_config(
-        config, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=[8] * 4
-    )
+    return vae(count=4)
 
 
 def qwen_vae():
@@ -143,18 +157,7 @@ DYNAMIC = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
 def flux():
     clip, clip_tokenizer = clip_text()
     encoder, tokenizer = t5()
-    transformer = diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=16,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 6, 6),
-    )
+    transformer = diffusers.FluxTransformer2DModel(**SMALL, **FLUX, pooled_projection_dim=16, guidance_embeds=True)
     pipe = diffusers.FluxPipeline(SCHEDULER, vae(), clip, clip_tokenizer, encoder, tokenizer, transformer)
     return pipe, dict(guidance_scale=3.5, max_sequence_length=32, true_cfg_scale=2.0, negative_prompt="blurry")
 
@@ -167,9 +170,7 @@ def sd3():
         sample_size=8,
         patch_size=2,
         in_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=4,
+        **SMALL,
         joint_attention_dim=32,
         caption_projection_dim=32,
         pooled_projection_dim=32,
@@ -183,7 +184,7 @@ def sd3():
 
 
 def zimage():
-    tokenizer = tokens()
+    encoder, tokenizer = llm("Qwen3Model")
     transformer = diffusers.ZImageTransformer2DModel(
         all_patch_size=(2,),
         all_f_patch_size=(1,),
@@ -197,23 +198,21 @@ def zimage():
         axes_dims=[4, 6, 6],
         axes_lens=[256, 32, 32],
     )
-    pipe = diffusers.ZImagePipeline(SCHEDULER, vae(), llm("Qwen3Model", tokenizer), tokenizer, transformer)
+    pipe = diffusers.ZImagePipeline(SCHEDULER, vae(), encoder, tokenizer, transformer)
     return pipe, dict(guidance_scale=4.0, max_sequence_length=96, negative_prompt="blurry")
 
 
 def qwen():
     tokenizer = tokens()
     transformer = diffusers.QwenImageTransformer2DModel(
+        **SMALL,
         patch_size=2,
         in_channels=16,
         out_channels=4,
-        num_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
         joint_attention_dim=32,
         axes_dims_rope=(4, 6, 6),
     )
-    pipe = diffusers.QwenImagePipeline(SCHEDULER, qwen_vae(), conftest.qwen_vl(tokenizer), tokenizer, transformer)
+    pipe = diffusers.QwenImagePipeline(SCHEDULER, qwen_vae(), qwen_vl(tokenizer), tokenizer, transformer)
     return pipe, dict(true_cfg_scale=4.0, negative_prompt="blurry", max_sequence_length=96)
 
 
@@ -238,14 +237,9 @@ def flux2():
 
 
 def klein(is_distilled=False):
-    tokenizer = tokens()
-    encoder = llm("Qwen3ForCausalLM", tokenizer)
+    encoder, tokenizer = llm("Qwen3ForCausalLM")
     pipe = diffusers.Flux2KleinPipeline(DYNAMIC, flux2_vae(), encoder, tokenizer, flux2_transformer(False), is_distilled=is_distilled)
     return pipe, dict(guidance_scale=1.0 if is_distilled else 4.0, max_sequence_length=96, text_encoder_out_layers=[1, 3])
-
-
-def klein_distilled():
-    return klein(True)
 
 
 def sana_transformer(**options):
@@ -263,22 +257,19 @@ def sana_transformer(**options):
 
 
 def sana():
-    tokenizer = tokens()
-    encoder = llm("Gemma2Model", tokenizer)
+    encoder, tokenizer = llm("Gemma2Model")
     pipe = diffusers.SanaPipeline(tokenizer, encoder, dc_vae(), sana_transformer(), SCHEDULER)
     return pipe, dict(guidance_scale=4.5, negative_prompt="blurry", max_sequence_length=32, use_resolution_binning=False, height=32, width=32)
 
 
 def sana_sprint():
-    tokenizer = tokens()
-    encoder = llm("Gemma2Model", tokenizer)
+    encoder, tokenizer = llm("Gemma2Model")
     transformer = sana_transformer(guidance_embeds=True, qk_norm="rms_norm_across_heads")
     return diffusers.SanaSprintPipeline(tokenizer, encoder, dc_vae(), transformer, diffusers.SCMScheduler()), {}
 
 
 def lumina2():
-    tokenizer = tokens()
-    encoder = llm("Gemma2Model", tokenizer)
+    encoder, tokenizer = llm("Gemma2Model")
     transformer = diffusers.Lumina2Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -298,8 +289,7 @@ def lumina2():
 
 
 def auraflow():
-    tokenizer = transformers.T5TokenizerFast.from_pretrained(ROOT / "nano/flux/tokenizer_2")
-    config = transformers.UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    encoder, tokenizer = t5(transformers.UMT5EncoderModel)
     transformer = diffusers.AuraFlowTransformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -312,13 +302,12 @@ def auraflow():
         caption_projection_dim=32,
         pos_embed_max_size=256,
     )
-    pipe = diffusers.AuraFlowPipeline(tokenizer, transformers.UMT5EncoderModel(config), vae(), transformer, SCHEDULER)
+    pipe = diffusers.AuraFlowPipeline(tokenizer, encoder, vae(), transformer, SCHEDULER)
     return pipe, dict(guidance_scale=3.5, negative_prompt="blurry", max_sequence_length=32)
 
 
 def cogview4():
-    tokenizer = tokens(padding_side="left")
-    encoder = llm("GlmModel", tokenizer)
+    encoder, tokenizer = llm("GlmModel", padding_side="left")
     transformer = diffusers.CogView4Transformer2DModel(
         **SMALL, in_channels=4, out_channels=4, text_embed_dim=32, time_embed_dim=8, condition_dim=4, rope_axes_dim=(16, 16)
     )
@@ -339,8 +328,7 @@ def hidream():
     clip, clip_tokenizer = clip_text(True)
     clip2, clip_tokenizer2 = clip_text(True)
     encoder, tokenizer = t5()
-    llama_tokenizer = tokens()
-    llama = llm("LlamaForCausalLM", llama_tokenizer)
+    llama, llama_tokenizer = llm("LlamaForCausalLM")
     transformer = diffusers.HiDreamImageTransformer2DModel(
         patch_size=2,
         in_channels=4,
@@ -363,8 +351,7 @@ def hidream():
 
 
 def ovis():
-    tokenizer = tokens()
-    encoder = llm("Qwen3Model", tokenizer)
+    encoder, tokenizer = llm("Qwen3Model")
     transformer = diffusers.OvisImageTransformer2DModel(**SMALL, **FLUX, out_channels=16)
     pipe = diffusers.OvisImagePipeline(DYNAMIC, vae(), encoder, tokenizer, transformer)
     return pipe, dict(guidance_scale=5.0, negative_prompt="blurry", max_sequence_length=96)
@@ -372,7 +359,7 @@ def ovis():
 
 def longcat():
     tokenizer = tokens()
-    encoder = conftest.qwen_vl(tokenizer)
+    encoder = qwen_vl(tokenizer)
     transformer = diffusers.LongCatImageTransformer2DModel(**SMALL, **FLUX | dict(in_channels=64), pooled_projection_dim=32)
     pipe = diffusers.LongCatImagePipeline(DYNAMIC, vae(16), encoder, tokenizer, tokenizer, transformer)
     return pipe, dict(guidance_scale=4.5, negative_prompt="blurry", enable_prompt_rewrite=False)
@@ -387,9 +374,8 @@ def bria():
 
 def hunyuan():
     tokenizer = tokens()
-    encoder = conftest.qwen_vl(tokenizer)
-    glyphs = transformers.ByT5Tokenizer()
-    config = transformers.T5Config(vocab_size=len(glyphs), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    encoder = qwen_vl(tokenizer)
+    glyph_encoder, glyphs = t5(tokenizer=transformers.ByT5Tokenizer())
     transformer = diffusers.HunyuanImageTransformer2DModel(
         **SMALL,
         in_channels=4,
@@ -405,15 +391,8 @@ def hunyuan():
     autoencoder = diffusers.AutoencoderKLHunyuanImage(
         in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32, 32), layers_per_block=1, spatial_compression_ratio=2, sample_size=16, scaling_factor=1.0
     )
-    pipe = diffusers.HunyuanImagePipeline(SCHEDULER, autoencoder, encoder, tokenizer, transformers.T5EncoderModel(config), glyphs, transformer)
+    pipe = diffusers.HunyuanImagePipeline(SCHEDULER, autoencoder, encoder, tokenizer, glyph_encoder, glyphs, transformer)
     return pipe, dict(distilled_guidance_scale=3.25)
-
-
-def qwen3_vl(tokenizer, layers=3):
-    text = dict(vocab_size=len(tokenizer), max_position_embeddings=1024, **TEXT | dict(num_hidden_layers=layers))
-    text["rope_parameters"] = dict(rope_type="default", mrope_section=[2, 3, 3], rope_theta=1e4)
-    vision = dict(depth=1, hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=32, deepstack_visual_indexes=[0])
-    return transformers.Qwen3VLConfig(text_config=text, vision_config=vision)
 
 
 def processor():
@@ -506,28 +485,26 @@ def kandinsky5():
         num_visual_blocks=1,
         axes_dims=(4, 6, 6),
     )
-    pipe = diffusers.Kandinsky5T2IPipeline(transformer, vae8(), conftest.qwen_vl(both.tokenizer), both, clip, clip_tokenizer, SCHEDULER)
+    pipe = diffusers.Kandinsky5T2IPipeline(transformer, vae8(), qwen_vl(both.tokenizer), both, clip, clip_tokenizer, SCHEDULER)
     return pipe, dict(guidance_scale=3.5, negative_prompt="blurry", max_sequence_length=64, height=1024, width=1024)
 
 
 def lumina():
-    tokenizer = tokens()
+    encoder, tokenizer = llm("GemmaModel")
     transformer = diffusers.LuminaNextDiT2DModel(
         sample_size=4, in_channels=4, hidden_size=32, num_layers=1, num_attention_heads=2, num_kv_heads=1, multiple_of=16, cross_attention_dim=32
     )
-    encoder = llm("GemmaModel", tokenizer)
     pipe = diffusers.LuminaPipeline(transformer, SCHEDULER, vae8(), encoder, tokenizer)
     return pipe, dict(guidance_scale=4.0, negative_prompt="blurry", height=32, width=32)
 
 
 def fibo():
-    tokenizer = tokens()
+    encoder, tokenizer = llm("SmolLM3ForCausalLM")
     transformer = diffusers.BriaFiboTransformer2DModel(**SMALL, **FLUX | dict(in_channels=4, joint_attention_dim=64), text_encoder_dim=32)
     autoencoder = diffusers.AutoencoderKLWan(
         base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False] * 3, patch_size=2, in_channels=12, out_channels=12,
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
     )
-    encoder = llm("SmolLM3ForCausalLM", tokenizer)
     pipe = diffusers.BriaFiboPipeline(transformer, DYNAMIC, autoencoder, encoder, tokenizer)
     return pipe, dict(guidance_scale=5.0, negative_prompt="blurry", max_sequence_length=96, height=64, width=64)
 
@@ -543,7 +520,7 @@ def ernie():
 
 def ideogram4():
     tokenizer = tokens(chat_template=CHAT)
-    sizes = dict(in_channels=16, num_layers=1, attention_head_dim=16, num_attention_heads=2, intermediate_size=32, adaln_dim=16)
+    sizes = dict(**SMALL, in_channels=16, intermediate_size=32, adaln_dim=16)
     models = [diffusers.Ideogram4Transformer2DModel(**sizes, llm_features_dim=13 * 32, mrope_section=(4, 2, 2)) for _ in range(2)]
     encoder = transformers.Qwen3VLModel(qwen3_vl(tokenizer, layers=36))
     pipe = diffusers.Ideogram4Pipeline(SCHEDULER, flux2_vae(), encoder, tokenizer, *models)
@@ -652,7 +629,7 @@ FAMILIES = {
     "QwenImagePipeline": qwen,
     "Flux2Pipeline": flux2,
     "Flux2KleinPipeline": klein,
-    "Flux2KleinPipeline, distilled": klein_distilled,
+    "Flux2KleinPipeline, distilled": partial(klein, True),
     "SanaPipeline": sana,
     "SanaSprintPipeline": sana_sprint,
     "Lumina2Pipeline": lumina2,

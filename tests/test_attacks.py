@@ -1,10 +1,15 @@
 """Well-typed nonsense, damaged files and stray words end in one line that names key and value: the three places of errors."""
 
+import shutil
+
 import pytest
+from conftest import damage
 
 import grpo
 from common import ConfigError, loading
+from generator import Generator, GeneratorConfig
 from ranks import pick_device
+from refiner import Refiner, RefinerConfig
 
 NONSENSE = [
     "max_grad_norm=-1",
@@ -95,3 +100,32 @@ def test_whatever_a_library_raises_becomes_one_kind(kind):
     with pytest.raises(ConfigError, match="^inside$"):
         with loading("some/path"):
             raise ConfigError("inside")
+
+
+LOADERS = {
+    "flux": lambda folder: Generator(GeneratorConfig(model=folder)),
+    "refiner": lambda folder: Refiner(RefinerConfig(model=folder)),
+}
+PARTS = [
+    "flux/transformer/diffusion_pytorch_model.safetensors",
+    "flux/text_encoder/model.safetensors",
+    "flux/tokenizer_2/tokenizer.json",
+    "flux/tokenizer_2",
+    "refiner/model.safetensors",
+    "refiner/config.json",
+    "refiner/tokenizer.json",
+    "refiner/chat_template.jinja",
+]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_model_that_is_not_whole_is_refused(tmp_path, part):
+    """Libraries fill in random weights and empty vocabularies."""
+    model = part.partition("/")[0]
+    folder = shutil.copytree(f"nano/{model}", tmp_path / model)
+    if part.endswith("safetensors"):
+        damage(tmp_path / part, "missing")
+    else:
+        (tmp_path / part).rename(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=str(folder)):
+        LOADERS[model](str(folder))

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import perturb
 from PIL import Image
 from test_rewards import OK, serve
 
@@ -28,14 +29,28 @@ PROMPTS = ["a cat", "a dog <!--<script>", "a red cup", "a tree"]
 
 @pytest.mark.parametrize("prompts,least", [(32, 0.94), (8, 0.92)])
 def test_intervals_of_means_cover(prompts, least):
-    """A nominal .95, of the mean over prompts, each with pictures that are alike"""
+    """A nominal .95: the mean of pictures that are alike, their paired difference, a rate of the arena."""
     rng = np.random.default_rng(0)
-    inside = 0
-    for _ in range(2000):
-        values = rng.beta(2, 5, (prompts, 1)) + 0.1 * rng.normal(size=(prompts, 4))
-        v = bench.mean_interval([(unit, x) for unit, row in enumerate(values) for x in row])
-        inside += v["low"] <= 2 / 7 <= v["high"]
-    assert least <= inside / 2000 <= 0.965
+
+    def mean():
+        return rng.beta(2, 5, (prompts, 1)) + 0.1 * rng.normal(size=(prompts, 4))
+
+    def difference():  # of P(real): what prompts differ by is in both
+        own = rng.beta(2, 3, (prompts, 1))
+        gain = rng.beta(2, 5, (prompts, 1)) * (1 - own)
+        return gain + 0.1 * rng.normal(size=(prompts, 4))
+
+    def rate():
+        chance = rng.beta(4, 2, (prompts, 1)).repeat(8, 1)
+        return rng.binomial(1, chance)
+
+    for draw, truth in ((mean, 2 / 7), (difference, 6 / 35), (rate, 2 / 3)):
+        inside = 0
+        for _ in range(2000):
+            rows = enumerate(draw())  # of a prompt each
+            v = bench.mean_interval([(unit, x) for unit, row in rows for x in row])
+            inside += v["low"] <= truth <= v["high"]
+        assert least <= inside / 2000 <= 0.965
 
 
 def test_kid_is_the_same_for_any_number_of_pictures_and_its_interval_covers():
@@ -293,16 +308,14 @@ def finished(configure, tmp_path):
     """words -> Config of a trained tiny run"""
     (tmp_path / "few.txt").write_text("\n".join(PROMPTS))
     words = ["generator.num_steps=3", "bench.gallery=3"]
-    train(configure(*words), 0)
+    train(configure(*words), 0.2)
     return lambda *more: configure(*words, *more)
 
 
-def train(cfg, seed):
+def train(cfg, std):
     """Saves LoRAs that draw something of their own"""
     run = grpo.Run(cfg)
-    g = torch.Generator().manual_seed(seed)
-    for value in run.generator.ema.values():
-        value.add_(0.2 * torch.randn(value.shape, generator=g))
+    perturb(run.generator, std)
     for name, policy in run.policies.items():
         policy.save(Path(cfg.out) / name)
 
@@ -376,7 +389,7 @@ def test_a_picture_is_known_by_what_made_it(finished, tmp_path):
         gather(limit=4)
     assert len(list(folder.glob("*.jpg"))) == 4
     first = gather()
-    train(cfg, 1)
+    train(cfg, 0.4)
     second = gather()
     assert len(drawn) == 16 + 8 and first["base"] == second["base"]
     assert not {*first["generator"]} & {*second["generator"], *second["base"]}

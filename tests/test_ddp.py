@@ -1,15 +1,13 @@
 """Two processes do what one does: gloo on the CPU, by torchrun. Run by torchrun, this file is a rank."""
 
-import json
 import os
 import subprocess
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, read_log
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
@@ -19,13 +17,6 @@ import ranks
 from common import ConfigError
 from folder import flat
 
-REWARDS = """
-def side(images, prompts):  # around 0, so that rounding stays small
-    return (images[..., :8] - images[..., 8:]).mean((1, 2, 3))
-
-def half(images, prompts):
-    return (images[..., :8, :] - images[..., 8:, :]).mean((1, 2, 3))
-"""
 DETECTOR = "{kind: classifier, model: nano/feature, args: {learn: [classifier]}}"
 UPDATE = "{threshold: 0, accuracy: 1, max_steps: 3, batch_size: 6, replay: 8}"
 GENERATOR = "train: generator, steps: 2, prompts: 4, images: 4"
@@ -66,7 +57,6 @@ def torchrun(*words):
 @pytest.fixture
 def settings(config, tmp_path):
     """stage, words -> Config of a run whose rewards spread around 0"""
-    (tmp_path / "around.py").write_text(REWARDS)
     words = [
         "rewards.train.bright=null",
         "rewards.train.smooth=null",
@@ -75,7 +65,7 @@ def settings(config, tmp_path):
         "seed=1",  # at seed 0 rounding tips one token of a rewrite over to its neighbour
     ]
     for name in ("side", "half"):
-        words.append(f"rewards.train.{name}={{kind: '{tmp_path}/around.py:{name}'}}")
+        words.append(f"rewards.train.{name}={{kind: '{tmp_path}/mine.py:{name}'}}")
     return lambda stage, *more: config(*words, *more, stage=stage)
 
 
@@ -120,10 +110,8 @@ def test_rank_0_writes_and_prints(settings, tmp_path):
     grpo.train(cfg)
     printed = torchrun("grpo.py", f"{cfg.out}/config.yaml", f"out={tmp_path}/two")
     assert printed.count("keeps the weights of step") == 1
-    logs = (Path(out, "metrics.jsonl").read_text() for out in (cfg.out, tmp_path / "two"))
-    one, two = ([json.loads(line)["validation"] for line in log.splitlines()] for log in logs)
-    for row, row_of_two in zip(one, two, strict=True):
-        check_close(row, row_of_two)
+    for row, row_of_two in zip(read_log(cfg.out), read_log(tmp_path / "two"), strict=True):
+        check_close(row["validation"], row_of_two["validation"])
     for name in ("generator/pytorch_lora_weights", "refiner/adapter_model"):
         files = (f"{out}/{name}.safetensors" for out in (cfg.out, tmp_path / "two"))
         check_close(*map(load_file, files))

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import shutil
 from collections import Counter
 
 import numpy as np
@@ -10,7 +9,7 @@ import generator
 import pipelines
 import pytest
 import torch
-from conftest import damage, perturb
+from conftest import damage, nudge, perturb
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
@@ -36,12 +35,6 @@ WINDOW = range(1, 3)
 
 def randomly(*shape):
     return torch.randn(*shape, dtype=torch.float64)
-
-
-def nudge(gen):
-    """Move the LoRA away from where it drew"""
-    for p in gen.parameters():
-        p.data += 0.02
 
 
 # ---------------------------------------------------------------- steps
@@ -160,11 +153,10 @@ def test_branches_share_what_comes_before_the_window(tiny_generator):
     gen.model.register_forward_pre_hook(count, with_kwargs=True)
     whole, record = gen.rollout(cats, keys, range(2, 4))
     assert sizes == [2, 2, 6, 6, 6]  # of 5 steps
-    x, x_next = record.steps[0].x, record.steps[0].x_next  # (B, ...)
-    assert torch.equal(x, x[[0, 0, 0, 3, 3, 3]])
+    x_next = record.steps[0].x_next  # (B, ...)
     assert torch.pdist(x_next.flatten(1)).min() > 0.1
     _, early = gen.rollout(cats, keys, range(2))
-    starts = normal([rng("test", start) for start in (0, 0, 0, 1, 1, 1)], x.shape[1:])
+    starts = normal([rng("test", start) for start in (0, 0, 0, 1, 1, 1)], x_next.shape[1:])
     assert torch.equal(early.steps[0].x, starts)
     split, _ = tiny_generator(branches=3, micro_batch=4).rollout(cats, keys, range(2, 4))
     assert_close(split, whole)
@@ -402,27 +394,6 @@ def test_another_sampler_is_refused(tmp_path, sampler):
     pipe.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="DDIM|stochastic_sampling"):
         Generator(GeneratorConfig(model=str(tmp_path)))
-
-
-PARTS = [
-    "transformer/diffusion_pytorch_model.safetensors",
-    "text_encoder/model.safetensors",
-]
-PARTS += ["tokenizer_2/tokenizer.json", "tokenizer_2"]
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_a_pipeline_that_is_not_whole_is_refused(
-    tmp_path, part
-):
-    """Libraries fill in random weights and empty vocabularies."""
-    folder = shutil.copytree("nano/flux", tmp_path / "flux")
-    if part.endswith("safetensors"):
-        damage(folder / part, "missing")
-    else:
-        (folder / part).rename(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match=str(folder)):
-        Generator(GeneratorConfig(model=str(folder)))
 
 
 def test_a_bug_of_ours_keeps_its_traceback(tiny_generator, monkeypatch):

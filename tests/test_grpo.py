@@ -10,7 +10,7 @@ from unittest.mock import Mock, call
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, read_log
 from omegaconf import OmegaConf
 from torch.testing import assert_close
 
@@ -480,7 +480,7 @@ def test_a_reward_of_ones_own_rises_and_its_weights_are_kept(config, way):
     stage = "train: generator, steps: 8, prompts: 4, images: 16"
     cfg = config(*FORK, f"generator.{way}", stage=stage)
     grpo.train(cfg)
-    rows = [json.loads(line) for line in open(f"{cfg.out}/metrics.jsonl")]
+    rows = read_log(cfg.out)
     looks = [row["validation"]["reward"] for row in rows if "validation" in row]
     assert min(looks[1:]) - looks[0] > 0.05 * rows[0]["reward_std"]
     run = grpo.Run(cfg, train=False)
@@ -535,14 +535,14 @@ def test_a_run_writes_what_it_says(config, refused, tmp_path, monkeypatch):
     cfg = config(stages, "log=trackio")
     grpo.train(cfg)
     out = tmp_path / "out"
-    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    rows = read_log(out)
     assert [row["step"] for row in rows if "reward" in row] == [0, 1]
     assert [(row["step"], row["validation"]["kid"]) for row in rows] == sent
     assert grpo.load_config([str(out / "config.yaml")]) == cfg
     names = {path.name for path in out.rglob("*.png")}
     assert names >= {"curves.png", "00000_refiner.png", "before_after_1_joint.png"}
     assert "is in use" in refused(str(tmp_path / "config.yaml"), stages)
-    assert len((out / "metrics.jsonl").read_text().splitlines()) == len(rows)
+    assert read_log(out) == rows
 
 
 # ---------------------------------------------------------------- one LLM for two

@@ -70,16 +70,14 @@ def same(one, two):
 
 
 def test_it_learns(make):
-    """The accuracy reaches its limit; the same pictures score lower than before and than photographs."""
+    """The accuracy reaches its limit; the same pictures score lower than before."""
     one = make(accuracy=0.95, max_steps=40)
     before = one.reward(DARK, None).mean()
     row = step(one, DARK)
     after = one.reward(DARK, None).mean()
-    photographs = one.reward(BRIGHT, None).mean()
     assert row["accuracy_after"] >= 0.95
     assert 0 < row["steps"] < 40
     assert after < before - 0.1
-    assert after < photographs - 0.1
 
 
 def test_it_learns_when_it_is_fooled(make):

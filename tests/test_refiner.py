@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import damage, ROOT
+from conftest import ROOT, damage, nudge
 from torch.testing import assert_close
 from transformers import PhiConfig, PhiForCausalLM
 
@@ -35,12 +35,6 @@ def make(model=MODEL, micro_batch=8, max_new_tokens=24, **changes):
     llm = Refiner(cfg, micro_batch=micro_batch)
     llm.add_lora()
     return llm
-
-
-def nudge(llm):
-    """Make the LoRA another policy"""
-    for p in llm.parameters():
-        p.data += 0.01
 
 
 @pytest.fixture(scope="module")
@@ -233,12 +227,10 @@ def test_the_token_losses_are_those_of_their_papers(kind, split):
 # ---------------------------------------------------------------- the adapter's file
 
 
-@pytest.mark.parametrize("kind", ["renamed", "reshaped", "not finite"])
-def test_a_saved_adapter_is_the_policy_again_and_a_damaged_one_is_refused(tmp_path, kind):
-    """Loaded into a fresh model it gives the same logits and can be trained; reference() takes it away."""
+def test_a_saved_adapter_is_the_policy_again_and_a_damaged_one_is_refused(tmp_path):
+    """Loaded into a fresh model it gives the same logits and can be trained."""
     llm = make()
     ids = torch.arange(20)[None]
-    base = llm.model(ids).logits
     nudge(llm)
     trained = llm.model(ids).logits
     llm.save(tmp_path)
@@ -246,11 +238,7 @@ def test_a_saved_adapter_is_the_policy_again_and_a_damaged_one_is_refused(tmp_pa
     again.load(tmp_path)
     assert_close(again.model(ids).logits, trained)
     assert len(again.parameters()) == len(llm.parameters())
-    with again.reference():
-        assert_close(again.model(ids).logits, base)
-    assert (trained - base).abs().max() > 0.01
-    file = tmp_path / "adapter_model.safetensors"
-    damage(file, kind)
+    damage(tmp_path / "adapter_model.safetensors", "reshaped")
     with pytest.raises(ConfigError, match=str(tmp_path)):
         Refiner(llm.cfg).load(tmp_path)
 
@@ -268,25 +256,6 @@ def test_a_tokenizer_without_a_pad_token_rewrites_as_with_one(folder, record):
     _, other = llm.rollout(PROMPTS, 4, KEYS)
     assert other.texts == record.texts
     assert torch.equal(other.mask, record.mask)
-
-
-PARTS = [
-    "config.json",
-    "tokenizer.json",
-    "chat_template.jinja",
-    "model.safetensors",
-]
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_a_model_that_is_not_whole_is_refused(folder, part):
-    """Libraries fill in an empty vocabulary and random weights."""
-    if part == "model.safetensors":
-        damage(folder / part, "missing")
-    else:
-        (folder / part).unlink()
-    with pytest.raises(ConfigError, match=str(folder)):
-        make(folder)
 
 
 def test_a_head_with_a_bias_is_refused(folder):

@@ -30,24 +30,16 @@ def make(kind, model="", **args):
 
 # ---------------------------------------------------------------- pictures
 
-GREY = np.full((90, 50), 128, np.uint8)
-ALPHA = np.full((90, 50, 4), [128, 128, 128, 3], np.uint8)
+GREY = np.tile(np.arange(0, 200, 2, np.uint8), (50, 1))  # (H, W), brighter to the right
+ALPHA = np.stack([GREY, GREY, GREY, GREY // 50], 2)
 
 
 @pytest.mark.parametrize("pixels", [GREY, ALPHA])
-def test_a_picture_of_any_format_is_rgb(tmp_path, pixels):
-    """(3,H,W) in [0,1], of the shape that is asked for."""
+def test_a_picture_of_any_format_is_rgb_and_cropped_in_its_centre(tmp_path, pixels):
+    """(3,H,W) in [0,1], and the long side is cut at both ends."""
     Image.fromarray(pixels).save(tmp_path / "x.png")
-    image = R.read_image(tmp_path / "x.png", (64, 48))
-    assert_close(image, torch.full((3, 64, 48), 128 / 255))
-
-
-def test_a_picture_is_cropped_in_its_centre(tmp_path):
-    """The long side is cut at both ends."""
-    ramp = np.arange(0, 200, 2, np.uint8)  # (W,)
-    Image.fromarray(np.tile(ramp, (50, 1))).save(tmp_path / "x.png")
     image = R.read_image(tmp_path / "x.png", (50, 50)) * 255
-    assert_close(image[0, 0], torch.arange(50.0, 150, 2))
+    assert_close(image, torch.arange(50.0, 150, 2).expand(3, 50, 50))
 
 
 @pytest.mark.parametrize("content", [b"no picture", b"\x89PNG\r\n\x1a\n", None])
@@ -65,12 +57,12 @@ BAD = ["no json", "[]", '{"image": "x.png"}', '{"image": "x.png", "prompt": 3}']
 
 @pytest.mark.parametrize("row", BAD)
 def test_a_list_of_photographs_is_read_or_its_row_is_named(tmp_path, row):
-    """Paths are relative to the list."""
+    """Paths are relative to the list, pictures of the shape that is asked for."""
     Image.fromarray(GREY).save(tmp_path / "x.png")
     file = tmp_path / "list.jsonl"
     file.write_text(GOOD * 2)
     images, prompts = R.read_photos(file, (64, 48))
-    assert len(images) == 2 and prompts == ["a cat", "a cat"]
+    assert images.shape == (2, 3, 64, 48) and prompts == ["a cat", "a cat"]
     file.write_text(GOOD + row)
     with pytest.raises(ConfigError, match="list.jsonl, row 2"):
         R.read_list(file)

@@ -11,7 +11,8 @@ from contextlib import suppress
 
 import pytest
 import torch
-from conftest import qwen_vl
+from conftest import Bomb
+from pipelines import qwen_vl
 from safetensors.torch import save_file
 from torch.testing import assert_close
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, Qwen2VLImageProcessorPil
@@ -208,17 +209,10 @@ def test_omniaid_learns_with_head_and_experts(tmp_path):
     assert len(OmniAid(str(tmp_path / "o.pth")).trainable()) == 2 + 2 * 4 * 6 * 3
 
 
-class Trap:
-    """Unpickled, it would make a folder"""
-
-    def __reduce__(self):
-        return os.mkdir, ("trapped",)
-
-
 @pytest.mark.parametrize(
     "damage",
     [
-        {"code": Trap()},
+        {"code": Bomb("trapped")},
         {"unexpected": torch.ones(1)},
         {"head.weight": torch.ones(3, 128)},
         {"head.bias": torch.tensor([0, math.nan])},
