@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import kernels  # noqa: F401
+from common import ConfigError
 
 del os.environ["TRITON_INTERPRET"]  # the others take the plain path
 torch.set_num_threads(1)  # the models are tiny: a second thread would mostly wait
@@ -73,6 +74,16 @@ def tiny_generator():
         return gen
 
     return make
+
+
+def refuses(message):
+    """Inside, something is refused, as a user's mistake is: by a ConfigError whose line holds the message."""
+    return pytest.raises(ConfigError, match=message)
+
+
+def pictures(count, side=64):
+    """(B,3,H,W) in [0,1], always the same"""
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
 def list_photos(file, split, count):

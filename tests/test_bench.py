@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import perturb
+from conftest import perturb, refuses
 from PIL import Image
 from test_rewards import OK, serve
 
 import bench
 import grpo
 import reward as R
-from common import ConfigError
 
 PROMPTS = ["a cat", "a dog <!--<script>", "a red cup", "a tree"]
 
@@ -225,7 +224,7 @@ def test_a_judge_that_is_gone_ends_the_run_and_a_refused_picture_does_not(
         (f"a{p % 3}", f"{n}{p // 3 % 3}") for p in range(9) for n in "ab"
     ]
     if stops:
-        with pytest.raises(ConfigError, match="bench.judge: .*HTTP 401"):
+        with refuses("bench.judge: .*HTTP 401"):
             one.ask(questions)
     else:
         one.ask(questions)
@@ -296,7 +295,7 @@ def test_people_who_agree_and_people_who_do_not(tmp_path):
         assert human["tau"] == pytest.approx(sign) and human["rho"] == pytest.approx(sign)
         assert human["agreement"]["mean"] == (1 + sign) / 2
         assert human["votes"] == human["compared"] == 12
-    with pytest.raises(ConfigError, match="'photographs' is not in list"):
+    with refuses("'photographs' is not in list"):
         votes("left", names[:2])
 
 
@@ -403,7 +402,7 @@ def test_the_published_layout(tmp_path):
     folder = elsewhere(tmp_path / "published", 3)
     rows = bench.listing("photographs", folder, PROMPTS)
     assert [(row.file.name, row.text) for row in rows][2:] == [("00002.png", "a red cup")]
-    with pytest.raises(ConfigError, match="no picture for prompt 00003, 'a tree'"):
+    with refuses("no picture for prompt 00003, 'a tree'"):
         bench.listing("krea", folder, PROMPTS)
     lines = tmp_path / "krea.jsonl"
     order = [2, 0, 2, 1, 3]
@@ -439,5 +438,5 @@ def test_bad_input_is_one_line_before_a_model_loads(
     cfg = finished(word.replace("PATH", str(tmp_path)))
     monkeypatch.setattr(grpo, "Run", lambda *_, **__: pytest.fail("a model loads"))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with pytest.raises(ConfigError, match=message.replace("PATH", str(tmp_path))):
+    with refuses(message.replace("PATH", str(tmp_path))):
         bench.main(cfg)

@@ -160,8 +160,7 @@ MISTAKES = {
 @pytest.mark.parametrize("word, message", MISTAKES.items())
 def test_a_mistake_is_one_line_and_exit_code_2(refused, tmp_path, monkeypatch, word, message):
     """It names key and value; and nothing is left that would stand in the way of the next try."""
-    monkeypatch.setitem(sys.modules, "torchao", None)  # a library that is not installed
-    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)  # as if it were not installed
     for _ in range(2):
         assert re.search(
             message, refused("config.yaml", f"out={tmp_path}/out", word)
@@ -295,9 +294,7 @@ def test_a_step_moves_only_the_lora_of_what_the_stage_trains(config, stage):
     trained = {name.partition(".")[0] for name in moved}
     assert trained == ({"refiner", "generator"} if stage == JOINT else {cfg.stages[0].train})
     assert all("lora_" in name for name in moved)
-    for row in rows:
-        assert {"refiner", "generator"} & {*row} == trained
-        assert all(row[name]["grad_norm"] > 0 for name in trained)
+    assert all(row[name]["grad_norm"] > 0 for row in rows for name in trained)
 
 
 @pytest.mark.parametrize("stage", [REFINER, GENERATOR, JOINT])

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Bomb, read_log
+from conftest import Bomb, read_log, refuses
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 
 import folder
 import grpo
 import learner
-from common import ConfigError
 
 STAGES = """stages=[
     {train: refiner, steps: 2, prompts: 2, rewrites: 2, keep_original: false, images: 1},
@@ -178,9 +177,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(saved, harm, capsys):
     assert f"{newest}" in capsys.readouterr().out.partition("falls back to the one before")[0]
     assert not Path(f"{newest}.went-off").exists()
     harm(before, torch.load(before, weights_only=True))
-    with pytest.raises(
-        ConfigError, match="no checkpoint of .* can be read; train anew with out=NAME"
-    ):
+    with refuses("no checkpoint of .* can be read; train anew with out=NAME"):
         folder.load_checkpoint(cfg, run.restore)
 
 
@@ -195,13 +192,11 @@ def test_what_decides_the_result_may_not_change(saved, key, value):
     assert folder.load_checkpoint(cfg, run.restore)["turn"] == 3
     whole = getattr(cfg, key)
     setattr(cfg, key, value)
-    with pytest.raises(
-        ConfigError, match=f"resume: {key}.* is not what .*000003.pt was written with"
-    ):
+    with refuses(f"resume: {key}.* is not what .*000003.pt was written with"):
         folder.load_checkpoint(cfg, run.restore)
     setattr(cfg, key, whole)
     Path(cfg.validation_prompts).write_text("another")
-    with pytest.raises(ConfigError, match="resume: validation_prompts"):
+    with refuses("resume: validation_prompts"):
         folder.load_checkpoint(cfg, run.restore)
 
 
@@ -209,7 +204,7 @@ def test_two_runs_on_one_folder_are_refused(config):
     """The second is told, and afterwards the folder is free."""
     cfg = config("resume=true")
     with folder.lock(cfg):
-        with pytest.raises(ConfigError, match="another run is at work"), folder.lock(cfg):
+        with refuses("another run is at work"), folder.lock(cfg):
             pass
     with folder.lock(cfg):
         pass

@@ -11,23 +11,17 @@ from contextlib import suppress
 
 import pytest
 import torch
-from conftest import Bomb
+from conftest import Bomb, pictures, refuses
 from pipelines import qwen_vl
 from safetensors.torch import save_file
 from torch.testing import assert_close
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, Qwen2VLImageProcessorPil
 
-from common import ConfigError
 from reward import to_pil
 from rewards import omniaid, probe
 from rewards.omniaid import OmniAid
 from rewards.probe import Probe
 from rewards.vlm import QUESTION, Endpoint, NoAnswer, Vlm
-
-
-def pictures(count, side):
-    """(B,3,H,W) in [0,1]"""
-    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
 # ---------------------------------------------------------------- Vlm
@@ -97,7 +91,7 @@ REFUSED = [dict(real="photographic"), dict(fake=""), dict(fake="Real"), dict(dty
 @pytest.mark.parametrize("args", REFUSED)
 def test_vlm_refuses_what_it_cannot_read(vlm, args):
     """Words of several tokens, none, words of both sides, a dtype that is none."""
-    with pytest.raises(ConfigError, match="args.*expected|float8"):
+    with refuses("args.*expected|float8"):
         Vlm(vlm, **args)
 
 
@@ -224,7 +218,7 @@ def test_what_is_no_whole_omniaid_is_refused(tmp_path, monkeypatch, damage):
     monkeypatch.chdir(tmp_path)
     state = published()[0] | damage
     torch.save({name: tensor for name, tensor in state.items() if tensor is not None}, "o.pth")
-    with pytest.raises(ConfigError, match="o.pth"):
+    with refuses("o.pth"):
         OmniAid("o.pth")
     assert os.listdir() == ["o.pth"]
 
@@ -275,13 +269,13 @@ def test_a_probe_is_fitted_from_the_command_line(tmp_path, monkeypatch, capsys):
     detector = f"{{kind: rewards/probe.py:Probe, model: nano/clip, args: {{head: {head}}}}}"
     probe.main(["config.yaml", "generator.num_steps=2", f"rewards.validation.validation={detector}"])
     assert capsys.readouterr().out.count("held-back") == len(probe.PENALTIES)
-    assert len(Probe("nano/clip", head=head)(pictures(2, 64), ["", ""])) == 2
+    assert len(Probe("nano/clip", head=head)(pictures(2), ["", ""])) == 2
 
 
 @pytest.mark.parametrize("head", ["nowhere.safetensors", "nano/subject/model.safetensors"])
 def test_a_probe_without_its_head_is_refused_with_the_remedy(head):
     """No file; a file of something else."""
-    with pytest.raises(ConfigError, match=f"{head}, which python rewards/probe.py fits"):
+    with refuses(f"{head}, which python rewards/probe.py fits"):
         Probe("nano/clip", head=head)
 
 
@@ -355,7 +349,7 @@ def test_endpoint_asks_a_busy_server_again_and_sends_only_the_named_key(monkeypa
 def test_endpoint_refuses_without_showing_a_secret(monkeypatch, args):
     """A key in place of its variable's name, one that no header holds, an address with more than a place."""
     monkeypatch.setenv("BAD_KEY", SECRET + "\n")
-    with pytest.raises(ConfigError, match="args.*expected") as caught:
+    with refuses("args.*expected") as caught:
         Endpoint("m", **(dict(base_url="http://host") | args))
     assert SECRET not in str(caught.value)
 
