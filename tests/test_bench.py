@@ -124,8 +124,8 @@ def test_what_is_not_clear_is_no_answer(reply, answer):
 
 @pytest.fixture
 def judge(configure, tmp_path, monkeypatch):
-    """reply(light of the first picture, of the second) -> Judge whose server says that, as it sees the pixels;
-    an error where that is a number. a0 to a3 are brighter than b0 to b3.
+    """reply(light of the first picture, of the second) -> Judge whose server says that of the pixels
+    it gets; an error where that is a number. a0 to a3 are brighter than b0 to b3.
     """
     folder = tmp_path / "bench" / "pictures"
     folder.mkdir(parents=True)

@@ -215,7 +215,7 @@ def mine(tmp_path):
 
 
 def test_a_function_is_the_reward_and_a_class_makes_it_once(mine):
-    """`args` are a function's keyword arguments and a class's options. They see f32, whatever a pipeline draws."""
+    """`args` are a function's keyword arguments and a class's options. They see f32, whatever was drawn."""
     images = pictures(3).bfloat16()
     rewards = {
         "once": make(mine("bright")),
