@@ -23,6 +23,7 @@ from generator import (
     GeneratorConfig,
     draw_times,
     draw_window,
+    elbo,
     normal,
     sde_coefficients,
 )
@@ -295,6 +296,39 @@ def test_elbo_is_flow_matching_weighted_by_the_advantage(tiny_generator):
     want = torch.autograd.grad(matching, gen.parameters())
     assert all(g.any() for g in got)
     assert_close(got, want, rtol=1e-3, atol=1e-6)
+
+
+def test_equal_pictures_of_a_prompt_teach_nothing(tiny_generator):
+    """They share t and noise, so what the noise is worth cancels: the advantages of a group sum to 0."""
+    gen = tiny_generator(log_prob="elbo", beta=0.0)
+    _, record = gen.rollout(PROMPTS, MEMBERS, times=[0, 3])
+    x0 = record.steps[0].x0  # (4, ...)
+    x0[1] = x0[0]
+    for second, nothing in ((-1.0, True), (1.0, False)):
+        total = sum((r[0] + second * r[1]).sum() for r, *_ in gen.terms(record, [0, 1]))
+        grads = torch.autograd.grad(total, gen.parameters())
+        assert (sum(g.square().sum() for g in grads) < 1e-10) == nothing
+
+
+def test_elbo_points_where_the_exact_gradient_does():
+    """x0 ~ N(mu, 1/4), whose best velocity is known: E[A d elbo / d mu] has the sign of E[A d log p / d mu].
+
+    For three rewards: larger, smaller and farther from mu is better; the last moves mu nowhere.
+    """
+    g = torch.Generator().manual_seed(0)
+    mu = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    x0, eps = torch.randn(2, 100_000, generator=g, dtype=torch.float64)
+    x0 = x0 / 2
+    t = torch.rand(100_000, generator=g, dtype=torch.float64)
+    x = (1 - t) * x0 + t * eps
+    spread = (1 - t) ** 2 / 4 + t**2  # the variance of x
+    v = (t - (1 - t) / 4) / spread * (x - (1 - t) * mu) - mu  # E[eps - x0 | x]
+    log_prob = elbo(v[:, None], (eps - x0)[:, None])  # (n,)
+    for reward, sign in ((x0, 1), (-x0, -1), (x0**2, 0)):
+        A = (reward - reward.mean()) / reward.std()
+        (slope,) = torch.autograd.grad((A * log_prob).mean(), mu, retain_graph=True)
+        exact = (A * x0 * 4).mean()  # E[A d log p / d mu]
+        assert slope.round(decimals=1).sign() == exact.round(decimals=1).sign() == sign
 
 
 # ---------------------------------------------------------------- LoRA
