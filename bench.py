@@ -49,6 +49,7 @@ import re
 import sys
 import time
 from collections import Counter, defaultdict
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import chain, combinations, cycle, islice
 from pathlib import Path
@@ -65,6 +66,7 @@ import reward as R
 from common import ConfigError, batches, bounded, check_folder, few, loading, rng
 from folder import peak_memory
 from generator import Generator
+from policy import on_device
 from refiner import Refiner
 from rewards.vlm import Endpoint, NoAnswer, Vlm
 
@@ -400,15 +402,19 @@ def score_draws(run, contestants, seen, categories):
 @torch.no_grad()
 def kid_scores(run, heldout, contestants):
     """-> {path in bench.json: draws} of each KID"""
+    # the run has features, too: those of its KID model
     models = {"kid": run} | {f"kid_{name}": reward for name, reward in heldout.items()}
     draws = {}
     for metric, model in models.items():
         if hasattr(model, "features"):
             features = {}
-            for name, pictures in contestants.items():
-                chunks = batches(Files(pictures), run.cfg.micro_batch)
-                parts = [model.features(images).cpu() for images in chunks]
-                features[name] = torch.cat(parts)  # (n, D)
+            module = getattr(model, "model", None)
+            # under offload it rests on the CPU
+            with on_device(module, run.device) if module else nullcontext():
+                for name, pictures in contestants.items():
+                    chunks = batches(Files(pictures), run.cfg.micro_batch)
+                    parts = [model.features(images).cpu() for images in chunks]
+                    features[name] = torch.cat(parts)  # (n, D)
             photographs = features.pop("photographs")
             for name, x in features.items():
                 units = torch.tensor([picture.unit for picture in contestants[name]])
@@ -711,6 +717,7 @@ def read_votes(path, names, prompts):
     votes = []
     with loading(path), open(path, newline="") as file:
         for row in csv.DictReader(file):
+            # index: a ValueError says which name is none
             left, right = (names[names.index(row[side])] for side in ("left", "right"))
             won = {"left": 1.0, "tie": 0.5, "right": 0.0}[row["vote"]]
             votes.append((left, right, prompts.index(row["prompt"]), won))

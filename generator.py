@@ -1,9 +1,9 @@
 """The image policy: a stock diffusers flow-matching pipeline, made trainable by its scheduler.
 
 A flow pipeline ends its loop with `latents = scheduler.step(noise_pred, t, latents)`. `PolicyScheduler`,
-a subclass of the pipeline's own scheduler, is the whole adapter: it *records* the stochastic steps of a
-rollout, and *replays* one of them, with gradients, through the pipeline's own call. So guidance, packing
-and masks are the pipeline's, and the same in both.
+a subclass of the pipeline's own scheduler, takes that step in its place and *records* the stochastic ones.
+`Trajectory` (pipeline.py) makes the pipeline's own call, to draw, and to *replay* one step with gradients.
+So guidance, packing and masks are the pipeline's, and the same in both.
 
 Symbols. t in [0,1] is time: 1 is noise, 0 the picture; a step goes from t to s < t, h = t - s. x (B,...)
 latents, v = noise - data the predicted velocity, so that x0 = x - t v and eps = x + (1-t) v. Every step
@@ -127,7 +127,7 @@ class Step:
     def measure(self, rows, x, old_v, v, ref_v, ratio):
         """-> log_ratio (b,) of the recorded step, KL (b,): mean((v - ref_v)^2), scale of the advantage
 
-        guard   ratio = exp(mean(eps_old (mean - mean_old))), eps_old = (x_next - mean_old) / std
+        guard   ratio = exp(mean(eps_old (mu - mu_old))), eps_old = (x_next - mu_old) / std
                 GRPO-Guard's (arXiv 2510.22319): the plain ratio has a bias and a scale that differ from step
                 to step. This one has neither, so that one clip range fits all steps. Its advantages are
                 divided by h, as published, because a step moves the mean by about h times the velocity.
@@ -161,7 +161,7 @@ class Noised:
     def measure(self, rows, x, target, v, ref_v, ratio):
         """-> log_ratio = log_prob - old_log_prob (b,), KL (b,): mean((v - ref_v)^2), scale
 
-        There is one ratio here, whatever `ratio` says.
+        Called as Step's is: x it has no use for, and there is one ratio here, whatever `ratio` says.
         """
         log_prob = elbo(v, target)  # (b,)
         old = old_log_probs(self.kept, rows, log_prob)  # (b,)
@@ -228,16 +228,16 @@ def normal(rngs, shape):
 
 
 class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
-    """The stock scheduler's Euler ODE in three modes.
+    """The stock scheduler's Euler ODE; after `begin` of a part of the grid alone, until `off`.
 
-    off: the whole grid. record: a part of the grid; the steps in a window are stochastic, and kept. replay:
-    the part is a single step without a window; `velocity` is what the pipeline predicts there.
+    Steps in a window are stochastic, and recorded. A replay is a part of one step without a window;
+    `velocity` is what the pipeline predicts there.
     """
 
     part = slice(None)  # all of the grid
     window = ()
 
-    def record(self, cfg, part, window, noise):
+    def begin(self, cfg, part, window, noise):
         """part: range of the grid's steps. noise: shape -> (B, *shape) standard normal"""
         self.cfg = cfg
         self.part = part
@@ -254,14 +254,14 @@ class PolicyScheduler(FlowMatchEulerDiscreteScheduler):
         super().set_timesteps(*args, **kwargs)
         self.grid = self.sigmas.tolist()  # num_steps + 1 times, from near 1 down to 0
         self.timesteps = self.timesteps[self.part.start : self.part.stop]
-        self.places = itertools.count(self.part.start or 0)  # in the grid, of the steps to come
+        self.upcoming = itertools.count(self.part.start or 0)  # in the grid, of the steps to come
 
     def scale_model_input(self, sample, timestep):
         # Bria asks for it where the scheduler is not of the stock class itself
         return sample
 
     def step(self, model_output, timestep, sample, **_):
-        i = next(self.places)
+        i = next(self.upcoming)
         stochastic = i in self.window
         sde = self.cfg.sde if stochastic else "ode"
         noise_level = self.cfg.noise_level if stochastic else 0.0
@@ -493,12 +493,12 @@ class Generator(Policy):
     def terms(self, record, rows):
         """One step or time after another -> log_ratio (b, 1) with grad, kl (b, 1), scale, weight, figures"""
         for step in record.steps:
-            x, target = step.at(rows)  # (b, ...)
+            x, known_v = step.at(rows)  # (b, ...)
             v = self.replay(record, step.index, x, rows)  # (b, ...), with grad
             ref_v = v.detach()
             if self.cfg.beta:
                 with torch.no_grad(), self.reference():
                     ref_v = self.replay(record, step.index, x, rows)  # (b, ...)
             # (b,), (b,)
-            log_ratio, kl, scale = step.measure(rows, x, target, v, ref_v, self.cfg.ratio)
+            log_ratio, kl, scale = step.measure(rows, x, known_v, v, ref_v, self.cfg.ratio)
             yield log_ratio[:, None], kl[:, None], scale, 1.0, {}

@@ -15,7 +15,7 @@ images of each text. Batches are prompt-major, (P, N, M):
       -> refiner.rollout      texts (P*N), and a record of how
       -> generator.rollout    images (P*N*M, 3, H, W), and a record of how
       -> score                {name: (P*N*M,)}, higher = more real
-      -> advantages           A = clip(mean_r w_r (r - mean_group r) / (std_group r + 1e-4), -5, 5)
+      -> advantages           A = clip(mean by weight of (r - mean_group r) / (std_group r + 1e-4), -5, 5)
       -> update               loss = -min(ratio A, clip(ratio) A) + beta KL, for either policy
 
 A stage trains `refiner` (generator frozen), `generator` (refiner frozen) or `joint` (one set of pictures
@@ -163,6 +163,7 @@ def load_config(argv, schema=Config):
 def check_run(cfg):
     """What training needs of stages and learners together, told before a model loads"""
     parts = cfg.updates * ranks.WORLD
+    path = cfg.generator.log_prob == "path"
     for i, stage in enumerate(cfg.stages):
         few_images = stage.train != "refiner" and stage.images < 2
         few_texts = stage.train != "generator" and stage.texts < 2
@@ -173,12 +174,13 @@ def check_run(cfg):
             fault = "no text to draw; expected rewrites of 1 or more, or keep_original: true"
         elif stage.rewrites and not cfg.refiner:
             fault = f"rewrites: {stage.rewrites}, but refiner is null; expected 0, or a refiner"
-        elif cfg.generator.log_prob == "path" and stage.images % cfg.generator.branches:
+        elif path and stage.train != "refiner" and stage.images % cfg.generator.branches:
             fault = f"images: {stage.images}; expected a multiple of generator.branches"
         elif stage.prompts % parts:
             fault = f"prompts: {stage.prompts}; expected a multiple of {parts}, updates x processes"
         if fault:
             raise ConfigError(f"stages[{i}], {stage.train}: {fault}")
+    ranks.mine(read_prompts(cfg.validation_prompts))  # as many on each rank
     for name in cfg.learners:
         if name not in cfg.rewards.train:
             raise ConfigError(f"learners.{name}: not a training reward; expected a name of those")
@@ -410,9 +412,9 @@ class Run:
         return rewrites, images, trajectory
 
     def next_prompts(self, iteration, P):
-        """The P prompts of a step; a permutation an epoch draws each once before any twice"""
+        """The P prompts of a step; within a stage each is drawn once before any twice, in a new order each time"""
         n = len(self.prompts)
-        epoch, start = divmod(iteration * P, n)  # counted over the run: resume needs no state
+        epoch, start = divmod(iteration * P, n)  # counted: resume needs no state
         order = []  # of whole epochs
         while len(order) < start + P:
             order += [*rng("prompts", self.cfg.seed, epoch).permutation(n)]
@@ -528,7 +530,7 @@ class Run:
 
     @torch.no_grad()
     def set_tensors(self, values):
-        """What `tensors` gave, or a copy of it, in place; an error where names or shapes are others"""
+        """What `tensors` gave, or a copy of it, in place; an error where names are others, or shapes that do not fit"""
         tree_map(torch.Tensor.copy_, self.tensors(), values)
 
     def state(self):
@@ -587,6 +589,7 @@ def train(cfg):
                 if stopped or over or progress["turn"] % cfg.save_every == 0:
                     save_checkpoint(cfg, run.state(), progress)
                 if stopped:
+                    ranks.total(0)  # a rank that left now would have rank 0 killed while it writes
                     # as a shell counts it, so that && goes no further
                     sys.exit(128 + max(stop, default=signal.SIGTERM))
 

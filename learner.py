@@ -13,7 +13,8 @@ tells apart what was held back from training, or for `max_steps`:
 
 Everything random follows from (name, seed, iteration), so ranks that are given the same pictures agree.
 
-A reward that learns has logits(images, prompts) -> (B, 2), [fake, real], and trainable() -> its parameters.
+A reward that learns has a model, logits(images, prompts) -> (B, 2), [fake, real], and trainable() -> those
+parameters of the model that learn.
 A picture is a pair ((3,H,W) uint8, prompt) here, and so is a photograph: files have 8 bits a colour, and
 pictures of more would give themselves away.
 """

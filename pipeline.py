@@ -121,7 +121,7 @@ class Trajectory:
         self.num_steps = num_steps  # of the time grid in which `steps` have their places
         self.steps = []  # Step of each place in the window, or Noised of each time
         self.distinct = list(dict.fromkeys(prompts))
-        self.kept = {}
+        self.encoded = {}  # arguments of encode_prompt -> batch axes, what it gave
 
     def encode(self, *args, **kwargs):
         arguments = inspect.signature(self.encode_prompt).bind(*args, **kwargs).arguments
@@ -133,8 +133,8 @@ class Trajectory:
         ]
         # the arguments but for the chunk's prompts and its length, which differ from call to call
         key = repr(self.for_texts([None], arguments))
-        if key not in self.kept:
-            self.kept[key] = self.encode_all(arguments)
+        if key not in self.encoded:
+            self.encoded[key] = self.encode_all(arguments)
         rows = [self.distinct.index(text) for text in self.chunk]
 
         def pick(axis, whole):
@@ -144,7 +144,7 @@ class Trajectory:
                 return [whole[row] for row in rows]
             return whole.index_select(axis, torch.tensor(rows, device=whole.device))
 
-        return tree_map(pick, *self.kept[key])
+        return tree_map(pick, *self.encoded[key])
 
     def for_texts(self, texts, arguments):
         """The arguments of a call for other texts: they replace the chunk's, other prompts are repeated."""
@@ -154,9 +154,10 @@ class Trajectory:
                 changed[name] = list(texts)  # Z-Image writes into it
             elif name == "batch_size":
                 changed[name] = len(texts)
-            # LongCat's negative prompt is one text; Sana's list of instructions is no prompt
+            # LongCat encodes its negative prompt as a `prompt` of one text
             elif name == "prompt" and isinstance(value, str):
                 changed[name] = [value] * len(texts)
+            # not Sana's list of instructions, which is no prompt
             elif "prompt" in name and isinstance(value, list) and isinstance(value[0], str):
                 changed[name] = value[:1] * len(texts)
         return changed
@@ -192,7 +193,7 @@ class Trajectory:
     def call(self, part, rows, latents, output_type, window=(), noise=None):
         """The pipeline's own call for some rows, without its no_grad -> what it draws, (b, ...)
 
-        part, window, noise: as `PolicyScheduler.record` takes them. latents: shape -> (b, *shape), what it
+        part, window, noise: as `PolicyScheduler.begin` takes them. latents: shape -> (b, *shape), what it
         starts from; FLUX.2 takes the call's own `latents` in another shape than its scheduler sees.
         """
         pipe = self.policy.pipe
@@ -215,7 +216,7 @@ class Trajectory:
         # on the instance, so that `del` below uncovers the methods of the class
         pipe.encode_prompt = self.encode
         pipe.prepare_latents = prepare
-        pipe.scheduler.record(cfg, part, window, noise)
+        pipe.scheduler.begin(cfg, part, window, noise)
         try:
             drawn = inspect.unwrap(type(pipe).__call__)(
                 pipe,
@@ -239,7 +240,7 @@ class Trajectory:
 
 @torch.no_grad()
 def check_replay(policy):
-    """A Generator draws two pictures and replays one -> its time grid of num_steps + 1
+    """A Generator draws two pictures and replays one, in each grid that it uses -> that of num_steps + 1 times
 
     ConfigError where a step depends on its number or on the batch: it cannot be trained.
     """
@@ -247,7 +248,7 @@ def check_replay(policy):
     keys = [("check", 0), ("check", 1)]
     rows = [0] * min(2, policy.micro_batch)  # in a batch as large as it was drawn in
     try:
-        for n in (cfg.draw_steps, cfg.num_steps):
+        for n in dict.fromkeys((cfg.draw_steps, cfg.num_steps)):
             images, record = policy.rollout(["a photo", "a cat"], keys, range(n), num_steps=n)
             grid = policy.scheduler.grid  # n + 1 times
             if sum(0 < t < 1.001 for t in grid) != n:  # Qwen-Image 2.1 may have its own

@@ -10,8 +10,8 @@ Every kind comes through one door, `kind` in the config:
                   reward itself, `args` are its keyword arguments. A *class* is made once, name(model, device,
                   **args), and the object is the reward.
 
-A detector that can learn (learner.py) also has `logits(images, prompts)` -> (B, 2), [fake, real], with
-gradients in the weights that `trainable()` lists. In training each reward is standardised in its group before
+A detector that can learn (learner.py) also has a `model`, and `logits(images, prompts)` -> (B, 2), [fake,
+real], with gradients in the weights of it that `trainable()` lists. In training each reward is standardised in its group before
 the weighted sum, so its scale does not matter there; it does for `keep: reward`.
 """
 
@@ -56,7 +56,7 @@ class RewardsConfig:
     validation: dict[str, RewardConfig | None] = field(default_factory=dict)
     heldout: dict[str, RewardConfig | None] = field(default_factory=dict)
     kid: str = "nano/clip"
-    kid_layer: int | None = bounded("natural", 1)
+    kid_layer: int | None = bounded("positive", 1)
 
     def __post_init__(self):
         # a profile or a word drops a reward by setting it to null

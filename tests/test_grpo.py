@@ -100,9 +100,10 @@ def test_config_yaml_is_the_config():
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_profile_loads_and_changes_something(profile):
-    """Each is a valid config of a run and of its bench, and not the default one."""
+    """Each is a valid config of a run and of its bench, and not the default one; its stages can be trained."""
     changed = grpo.load_config(["config.yaml", f"profile={profile}"], bench.Config)
     assert changed != grpo.load_config(["config.yaml"], bench.Config)
+    grpo.check_run(changed)
 
 
 def test_words_win_over_the_profile_and_that_over_the_file(tmp_path):
