@@ -116,13 +116,16 @@ def test_rank_0_writes_and_prints(settings, tmp_path):
         check_close(*map(load_file, files))
 
 
-def test_ranks_get_equal_parts_or_nothing(settings, monkeypatch):
-    """Prompts that are no multiple of the ranks, in a stage or in validation, are refused."""
+def test_ranks_get_equal_parts_or_nothing(settings, monkeypatch, tmp_path):
+    """Prompts that are no multiple of the ranks, in a stage or in validation, are refused at start."""
     monkeypatch.setattr(ranks, "WORLD", 2)
     with refuses("prompts: 3; expected a multiple of 2"):
         grpo.train(settings("train: generator, steps: 1, prompts: 3, images: 2"))
+    cfg = settings("train: generator, steps: 1, prompts: 2, images: 2")
+    cfg.validation_prompts = tmp_path / "three.txt"
+    cfg.validation_prompts.write_text("a\nb\nc\n")
     with refuses("3 prompts on 2 ranks; expected a multiple"):
-        ranks.mine(["a", "b", "c"])
+        grpo.check_run(cfg)
 
 
 if __name__ == "__main__":
