@@ -412,7 +412,7 @@ class Run:
         return rewrites, images, trajectory
 
     def next_prompts(self, iteration, P):
-        """The P prompts of a step; within a stage each is drawn once before any twice, in a new order each time"""
+        """The P prompts of a step; within a stage each is drawn once before any twice, in another order"""
         n = len(self.prompts)
         epoch, start = divmod(iteration * P, n)  # counted: resume needs no state
         order = []  # of whole epochs
@@ -530,7 +530,7 @@ class Run:
 
     @torch.no_grad()
     def set_tensors(self, values):
-        """What `tensors` gave, or a copy of it, in place; an error where names are others, or shapes that do not fit"""
+        """What `tensors` gave, or a copy of it, in place; an error where names differ or shapes do not fit"""
         tree_map(torch.Tensor.copy_, self.tensors(), values)
 
     def state(self):

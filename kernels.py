@@ -81,8 +81,8 @@ def sde_log_ratio_ref(x, v, x_next, old_v, ref_v, c_x, c_v, std):
 # more pass, which makes d, e and r again instead of keeping them.
 
 BLOCK = 2048  # latent dimensions of one program
-# A thread reads 8 numbers of each tensor, 16 bytes of bf16. With 16 numbers of f32 it took 70 registers on sm_100, which
-# left room for 44% of the threads.
+# A thread reads 8 numbers of each tensor, 16 bytes of bf16. With 16 numbers of f32 it took 70 registers on
+# sm_100, which left room for 44% of the threads.
 THREADS = 256
 WARPS = THREADS // (64 if torch.version.hip else 32)
 

@@ -240,7 +240,7 @@ class Trajectory:
 
 @torch.no_grad()
 def check_replay(policy):
-    """A Generator draws two pictures and replays one, in each grid that it uses -> that of num_steps + 1 times
+    """A Generator draws two pictures and replays one, in each grid of its config -> that of num_steps
 
     ConfigError where a step depends on its number or on the batch: it cannot be trained.
     """

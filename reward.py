@@ -11,8 +11,8 @@ Every kind comes through one door, `kind` in the config:
                   **args), and the object is the reward.
 
 A detector that can learn (learner.py) also has a `model`, and `logits(images, prompts)` -> (B, 2), [fake,
-real], with gradients in the weights of it that `trainable()` lists. In training each reward is standardised in its group before
-the weighted sum, so its scale does not matter there; it does for `keep: reward`.
+real], with gradients in the weights of it that `trainable()` lists. In training each reward is standardised
+in its group before the weighted sum, so its scale does not matter there; it does for `keep: reward`.
 """
 
 import importlib.util
